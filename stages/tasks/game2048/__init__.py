@@ -1,0 +1,1 @@
+"""2048: the model writes a strategy, the sandbox plays it."""

@@ -1,0 +1,1 @@
+"""Matrix multiplication: the model writes a function on lists of lists."""
