@@ -1,8 +1,8 @@
 """MXFP4, the number format of gpt-oss's experts: four-bit values in blocks of 32 that share one power of two.
 
 Source: OCP Microscaling Formats (MX) v1.0, section 5.3, and the published gpt-oss checkpoints. A value is one of
-{0, .5, 1, 1.5, 2, 3, 4, 6} with a sign (E2M1); its block's scale byte s (E8M0) multiplies it by 2^(s - 127). Two values share
-a byte: the low nibble holds the even k, the high nibble the odd k.
+{0, .5, 1, 1.5, 2, 3, 4, 6} with a sign (E2M1); its block's scale byte s (E8M0) multiplies it by 2^(s - 127). Two values
+share a byte: the low nibble holds the even k, the high nibble the odd k.
 
 Does not cover NaN scales (byte 255): `dequantize` refuses them.
 """
@@ -38,7 +38,8 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise ValueError(f"MXFP4 blocks and scales are uint8, got {blocks.dtype} and {scales.dtype}")
     if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != BLOCK // 2:
-        raise ValueError(f"MXFP4 blocks [..., K/32, 16] need scales [..., K/32], got {tuple(blocks.shape)} and {tuple(scales.shape)}")
+        shapes = f"{tuple(blocks.shape)} and {tuple(scales.shape)}"
+        raise ValueError(f"MXFP4 blocks [..., K/32, 16] need scales [..., K/32], got {shapes}")
     if bool((scales == 255).any()):
         raise ValueError("an MXFP4 scale is 255 (NaN)")
     table = torch.tensor(MAGNITUDES + tuple(-m for m in MAGNITUDES), dtype=torch.float32, device=blocks.device)
@@ -50,10 +51,10 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(weight: Tensor) -> Mxfp4:
     """The nearest MXFP4 to `weight` [..., K], K a multiple of 32.
 
-    Each block takes the better, by squared error, of two scales: the one that puts its largest magnitude in [4, 8) and the one
-    that puts it in [2, 4). The first saturates what exceeds 6, the second spends a bit of range instead. A weight that is
-    already on the grid comes back with the same values (not always with the same bytes). Raises ValueError on a K that is no
-    multiple of 32 or on values that are not finite.
+    Each block takes the better, by squared error, of two scales: the one that puts its largest magnitude in [4, 8) and the
+    one that puts it in [2, 4). The first saturates what exceeds 6, the second spends a bit of range instead. A weight that
+    is already on the grid comes back with the same values (not always with the same bytes). Raises ValueError on a K that
+    is no multiple of 32 or on values that are not finite.
     """
     if weight.shape[-1] % BLOCK:
         raise ValueError(f"MXFP4 needs the last dimension to be a multiple of {BLOCK}, got {weight.shape[-1]}")
