@@ -1,4 +1,30 @@
-"""The 2048 task: its prompt."""
+"""The 2048 task: the model writes `strategy(board)`, the sandbox plays it on hidden seeds, better play earns more.
+
+Each reward is a column of its own; the reward is their sum.
+    works        1 if the program played or ran out of time, 0 if it died (crash, memory, output) or was stopped for cheating,
+                 -1 if there was none or it does not parse
+    no_cheating  -5 for an import that is not allowed or a forbidden act, else 0
+    strategy     mean over the games of
+                     log(max_tile) / log(target) + 2 log(1 + 80 s) / log(81) + (1 if won)
+                 with s = score / (target (log2(target) - 1)), the score of building one target tile out of twos; 0 for a cheat
+A game counts where it stands when it ends, however it ended: playing on never lowers its grade and every merge raises it, so quitting never
+beats playing, and running out of time costs what losing costs. On 4x4 a program that quits at once gets about 0.1, the baselines
+1.2 to 2.2, a win 4.
+
+Not covered: how the model came to its program; programs that look at the clock are the sandbox's to stop.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts.seeds import derive
+from stages.config import UserError
+from stages.sandbox.protocol import Job, Limits, Outcome, Result
+from stages.tasks.base import Score, Task
+from stages.tasks.game2048.baselines import BASELINES
 
 TEMPLATE = """\
 Write a Python function strategy(board: list[list[int]]) -> str that plays 2048 on a {size}x{size} board and reaches {target}. \
@@ -8,3 +34,106 @@ Import only math, random, itertools, collections, functools, heapq, copy or typi
 Answer with one fenced python code block that holds the function."""
 
 PROMPT = TEMPLATE.format(size=4, target=2048)
+
+_RULES_IMPORT = "from stages.tasks.game2048.rules import Game\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The `task.` keys of 2048."""
+
+    size: int = 4  # cells a side, 3 to 8
+    target: int = 2048  # the tile that wins, a power of two
+    games: int = 4  # hidden seeds a completion is judged on
+    max_moves: int = 5000  # moves after which a game is over
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.size <= 8:
+            raise UserError(f"task.size is {self.size}", "a 2048 board has 3 to 8 cells a side")
+        if not 8 <= self.target <= 1 << 17 or self.target & (self.target - 1):
+            raise UserError(f"task.target is {self.target}", "a target is a power of two from 8 to 131072")
+        if not 1 <= self.games <= 1000:
+            raise UserError(f"task.games is {self.games}", "a completion is judged on 1 to 1000 games")
+        if not 1 <= self.max_moves <= 100_000:
+            raise UserError(f"task.max_moves is {self.max_moves}", "a game has 1 to 100000 moves")
+
+
+class Game2048(Task):
+    name = "game2048"
+    entry = "strategy"
+    reward_names = ("works", "no_cheating", "strategy")
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
+
+    def prompt(self) -> str:
+        return TEMPLATE.format(size=self.options.size, target=self.options.target)
+
+    def training_seeds(self, seed: int, iteration: int, group_index: int) -> list[int]:
+        """Returns even seeds: held-out ones are odd."""
+        games = range(self.options.games)
+        return [derive("game2048", "training", seed, iteration, group_index, game) & ~1 for game in games]
+
+    def held_out_seeds(self, count: int) -> list[int]:
+        """Returns odd seeds: training ones are even."""
+        return [derive("game2048", "held out", game) | 1 for game in range(count)]
+
+    def harness_source(self) -> str:
+        folder = Path(__file__).parent
+        rules, harness = ((folder / name).read_text(encoding="utf-8") for name in ("rules.py", "harness.py"))
+        assert _RULES_IMPORT in harness
+        return rules + "\n\n" + harness.replace(_RULES_IMPORT, "")
+
+    def job(self, job_id: str, program: str, seeds: Sequence[int], limits: Limits) -> Job:
+        shared = {
+            "size": self.options.size,
+            "target": self.options.target,
+            "max_moves": self.options.max_moves,
+            "program_seed": derive("game2048", "program", *seeds),
+        }
+        cases = tuple({"seed": seed, **shared} for seed in seeds)
+        return Job(
+            job_id=job_id, program=program, entry=self.entry, harness=self.name, cases=cases, limits=limits
+        )
+
+    def grade(self, game: Mapping[str, Any]) -> float:
+        """Returns what one game is worth: the formula at the top of this file."""
+        levels = math.log2(self.options.target)
+        share = game["score"] / (self.options.target * (levels - 1))
+        built = math.log2(game["max_tile"]) / levels + 2 * math.log(1 + 80 * share) / math.log(81)
+        return built + (1.0 if game["state"] == "won" else 0.0)
+
+    def score(self, result: Result | None) -> Score:
+        if result is None:
+            rewards = {"works": -1.0, "no_cheating": 0.0, "strategy": 0.0}
+            return Score(Outcome.NO_PROGRAM, rewards, [], "the final channel holds no program")
+        cheated = result.outcome in (Outcome.CHEAT, Outcome.FOREIGN_IMPORT)
+        works = {Outcome.OK: 1.0, Outcome.TIMEOUT: 1.0, Outcome.NO_PROGRAM: -1.0, Outcome.SYNTAX_ERROR: -1.0}
+        grades = [] if cheated else [self.grade(game) for game in result.cases]
+        rewards = {
+            "works": works.get(result.outcome, 0.0),
+            "no_cheating": -5.0 if cheated else 0.0,
+            "strategy": sum(grades) / len(grades) if grades else 0.0,
+        }
+        return Score(result.outcome, rewards, list(result.cases), result.detail)
+
+    def baselines(self) -> Mapping[str, str]:
+        return BASELINES
+
+    def validate(self) -> None:
+        def verdict(outcome: Outcome, **game: Any) -> float:
+            cases = ({"seed": 2, "moves": 1, "letters": "A", **game},) if game else ()
+            return self.score(Result("validate", outcome, "", cases, 0.0, 0.0)).reward
+
+        target = self.options.target
+        full = target * (target.bit_length() - 2)
+        start: dict[str, Any] = {"max_tile": 2, "score": 0}
+        later: dict[str, Any] = {"max_tile": 4, "score": 4}
+        won = verdict(Outcome.OK, max_tile=target, score=full, state="won")
+        assert abs(won - 5.0) < 1e-9, f"a win with nothing to spare scores {won}, not 1 + 1 + 2 + 1"
+        quits, loses = verdict(Outcome.OK, state="illegal", **start), verdict(Outcome.OK, state="stuck", **later)
+        assert quits < loses < won, f"quitting {quits}, losing {loses}, winning {won}"
+        assert verdict(Outcome.TIMEOUT, state="timeout", **later) == loses, "running out of time costs what losing costs"
+        assert verdict(Outcome.CRASH, state="illegal", **start) < quits, "a crash scores below a legal end at the same board"
+        empty = self.score(None).reward
+        assert verdict(Outcome.CHEAT, state="won", max_tile=target, score=full) < empty < quits, "cheating pays"
