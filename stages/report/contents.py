@@ -1,0 +1,94 @@
+"""What a report shows, as plain records: collect.py fills them from a run, the sections draw them, tests make them."""
+
+from dataclasses import dataclass, field
+
+from stages.artifacts.history import Iteration, PlayedGame
+from stages.report.replay import Replay
+
+
+@dataclass(frozen=True)
+class Player:
+    """One row of an evaluation's summary: the policy after some updates, or a baseline.
+
+    updates: how many updates the policy has had; None for a baseline
+    tiles: largest tile -> number of games that ended with it
+    Example: Player(label="greedy", updates=None, programs=1, distinct_programs=1, games=64, score=2900.0, ...)
+    """
+
+    label: str
+    updates: int | None
+    programs: int
+    distinct_programs: int
+    games: int
+    score: float
+    score_low: float
+    score_high: float
+    win_rate: float
+    win_rate_low: float
+    win_rate_high: float
+    tiles: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One judged completion with its program, for the gallery of best and worst."""
+
+    completion_id: str
+    reward: float
+    rewards: dict[str, float]
+    outcome: str
+    detail: str
+    source: str | None
+    games: list[PlayedGame]
+
+
+@dataclass(frozen=True)
+class Game:
+    """One game to replay and the program that played it."""
+
+    title: str
+    completion_id: str
+    replay: Replay
+    program: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time of one kind of work over the whole run; peak_bytes is 0 where nobody measured it."""
+
+    stage: str
+    what: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything on the page. Lists are empty where the run has not come so far."""
+
+    name: str
+    task: str
+    model: str
+    preset: str
+    planned_iterations: int
+    iterations: list[Iteration]
+    policies: list[Player]
+    baselines: list[Player]
+    best: list[Program] = field(default_factory=list)
+    worst: list[Program] = field(default_factory=list)
+    games: list[Game] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    speeds: dict[str, float] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
+    environment: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Player | None:
+        """The untrained model, when it was evaluated."""
+        return next((player for player in self.policies if player.updates == 0), None)
+
+    @property
+    def after(self) -> Player | None:
+        """The model with the most updates that was evaluated, when there is one beside the untrained."""
+        trained = [player for player in self.policies if player.updates]
+        return max(trained, key=lambda player: player.updates or 0, default=None)
