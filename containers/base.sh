@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Writes a root file system with Python's standard library and what that links to, made of this machine's Debian packages, as a tar file:
+#     bash containers/base.sh FILE.tar
+# Used as the sandbox's base where no registry answers. It has no shell, no package manager and no set-uid program. Needs apt and dpkg-deb,
+# not root. The packages are fetched with this machine's apt settings, so its signatures, mirrors and proxies hold.
+set -euo pipefail
+
+out=$(realpath -m "${1:?usage: base.sh FILE.tar}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+chmod 755 "$work"
+cd "$work"
+
+python=$(apt-cache depends python3-minimal | sed -nE 's/^ *(Pre)?-?Depends: (python3\.[0-9]+-minimal)$/\2/p' | head -1)
+[ -n "$python" ] || { echo "error: apt knows no python3-minimal; run apt-get update first" >&2; exit 1; }
+version=${python%-minimal}
+wanted="^(libc6|libcrypt1|libexpat1[a-z0-9]*|libffi[0-9]+|libgcc-s1|zlib1g|lib$version-(minimal|stdlib)|$python)\$"
+mapfile -t packages < <(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
+    "$python" "lib$version-stdlib" | grep -E "$wanted" | sort -u)
+
+mkdir debs root
+chmod 777 debs  # apt may fetch as its own user
+(cd debs && apt-get -qq download "${packages[@]}")
+mkdir -p root/usr/{bin,lib,lib64,sbin} root/{etc,tmp,proc,sys,dev}
+for name in bin lib lib64 sbin; do ln -s "usr/$name" "root/$name"; done
+for deb in debs/*.deb; do
+    dpkg-deb --fsys-tarfile "$deb" | tar -x -C root --keep-directory-symlink --no-same-owner \
+        --exclude='./usr/share/doc/*' --exclude='./usr/share/man/*' --exclude='./usr/share/lintian/*'
+done
+ln -sf "$version" root/usr/bin/python3
+mkdir -p "$(dirname "$out")"
+tar -c -C root --numeric-owner --owner=0 --group=0 --sort=name -f "$out.part" .
+mv "$out.part" "$out"
+echo "$version from ${#packages[@]} packages, $(du -m "$out" | cut -f1) MB"

@@ -1,0 +1,228 @@
+"""The nursery, from which every case is forked, and the case: the process in which one program runs.
+
+The nursery is forked from the supervisor before that has read a byte, and never learns more than the harnesses: neither it nor what is forked
+from it holds seeds, answers or nonces. Asked over its socket, it forks a case onto the two pipe ends that came with the question, and
+hands it over to the supervisor, which is the subreaper, so that the supervisor alone waits for it.
+
+A case is another uid, has rlimits, no privileges to gain, the two pipes as its only descriptors and the first system call filter of bpf.py
+before it reads the program, and the second before it runs it.
+
+Frames: question = nonce (8 bytes), length (4), payload; answer = the question's nonce, kind (1 byte), length (4), payload.
+    kinds: R the program is loaded, M an answer, X the program ended (payload: outcome, newline, detail)
+The first question is the program as JSON: {"program", "entry", "harness", "guarded"}.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import socket
+import struct
+import types
+from typing import Any, NoReturn
+
+import program as programs
+
+CASE_UID = 10001
+ORDER = struct.Struct("<QQ")  # memory bytes, CPU seconds
+QUESTION = struct.Struct("<8sI")
+ANSWER = struct.Struct("<8scI")
+PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+STACK_BYTES = 16 << 20
+MAX_DETAIL = 400
+
+
+class Filter(ctypes.Structure):
+    """struct sock_fprog of linux/filter.h, over a file of instructions."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]  # noqa: RUF012
+
+    def __init__(self, name: str) -> None:
+        with open(os.path.join(FOLDER, name), "rb") as file:
+            text = file.read()
+        self.buffer = ctypes.create_string_buffer(text, len(text))
+        super().__init__(len(text) // 8, ctypes.addressof(self.buffer))
+
+
+class Walls:
+    """What a case is closed in with; made once in the nursery, so that a case opens no file."""
+
+    def __init__(self) -> None:
+        self.compile_filter = Filter("compile.bpf")
+        self.run_filter = Filter("run.bpf")
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+
+    def control(self, option: int, first: int, second: int = 0) -> None:
+        if self.libc.prctl(option, first, second, 0, 0):
+            raise OSError(ctypes.get_errno(), f"prctl({option})")
+
+    def close(self, *, memory_bytes: int, cpu_s: int) -> None:
+        """Closes the calling process in, for good, but for the compiler's looking for files."""
+        os.setgroups([])
+        os.setresgid(CASE_UID, CASE_UID, CASE_UID)
+        os.setresuid(CASE_UID, CASE_UID, CASE_UID)
+        for limit, value in (
+            (resource.RLIMIT_AS, memory_bytes),
+            (resource.RLIMIT_STACK, STACK_BYTES),
+            (resource.RLIMIT_CPU, cpu_s),
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_FSIZE, 0),
+            (resource.RLIMIT_MEMLOCK, 0),
+            (resource.RLIMIT_NOFILE, 2),
+            (resource.RLIMIT_NPROC, 0),
+        ):
+            resource.setrlimit(limit, (value, value))
+        self.control(PR_SET_NO_NEW_PRIVS, 1)
+        self.control(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(self.compile_filter))
+
+    def shut(self) -> None:
+        """Adds the filter that a program runs under."""
+        self.control(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(self.run_filter))
+
+
+class Pipe:
+    """The case's end of its pipes."""
+
+    def __init__(self) -> None:
+        self.nonce = bytes(8)
+
+    def read(self, size: int) -> bytes:
+        parts = []
+        while size:
+            part = os.read(0, size)
+            if not part:
+                os._exit(0)
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts) if len(parts) != 1 else parts[0]
+
+    def receive(self) -> bytes:
+        """Returns the next question, or b"" when there are no more."""
+        header = os.read(0, QUESTION.size)
+        if not header:
+            return b""
+        header += self.read(QUESTION.size - len(header))
+        self.nonce, size = QUESTION.unpack(header)
+        return self.read(size)
+
+    def answer(self, kind: bytes, payload: bytes) -> None:
+        rest = ANSWER.pack(self.nonce, kind, len(payload)) + payload
+        while written := os.write(1, rest):
+            rest = rest[written:]
+            if not rest:
+                return
+
+    def send(self, payload: bytes) -> None:
+        self.answer(b"M", payload)
+
+    def end(self, outcome: str, detail: str) -> NoReturn:
+        text = f"{outcome}\n{detail[:MAX_DETAIL]}"
+        self.answer(b"X", text.encode("utf-8", "backslashreplace"))
+        os._exit(0)
+
+
+def describe(error: BaseException) -> str:
+    """Returns the exception in one line, with the program's line that raised it."""
+    line = 0
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == "<program>":
+            line = step.tb_lineno
+        step = step.tb_next
+    try:
+        words = f"{type(error).__name__}: {error}"
+    except BaseException:
+        words = "an exception that cannot be printed"
+    return f"{words[:MAX_DETAIL]} (line {line})" if line else words
+
+
+def run_program(walls: Walls, pipe: Pipe, tables: dict[str, object], harnesses: dict[str, types.ModuleType]) -> NoReturn:
+    """Loads the program and lets the harness serve it; never returns."""
+    try:
+        start: dict[str, Any] = json.loads(pipe.receive())
+        guarded = start["guarded"]
+        code = programs.compile_checked(start["program"], guarded=guarded)
+        walls.shut()
+        names: dict[str, Any] = {"__name__": "program", "__builtins__": tables if guarded else __builtins__}
+        exec(code, names)
+        function = names.get(start["entry"])
+        if not callable(function):
+            pipe.end("crash", f"defines no function {start['entry']}")
+        pipe.answer(b"R", b"")
+        harnesses[start["harness"]].serve(function, pipe.receive, pipe.send)
+    except programs.Refused as refused:
+        pipe.end(refused.outcome, refused.detail)
+    except MemoryError:
+        pipe.end("memory", "MemoryError")
+    except BaseException as error:
+        pipe.end("crash", describe(error))
+    os._exit(0)
+
+
+def load_harness(name: str, source: str) -> types.ModuleType:
+    """Returns the harness as a module; used by the supervisor for `judge` and by the nursery for `serve`."""
+    module = types.ModuleType(f"harness_{name}")
+    exec(compile(source, f"<harness {name}>", "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def read_exactly(control: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        part = control.recv(size - len(parts))
+        if not part:
+            os._exit(0)
+        parts += part
+    return bytes(parts)
+
+
+def nurse(control: socket.socket) -> NoReturn:
+    """The nursery's life: reads the harnesses, then forks a case for each order until the supervisor is gone."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    walls = Walls()
+    pipe = Pipe()
+    programs.seed_random()
+    compile_warm()
+    tables = programs.make_builtins(lambda what: pipe.end("cheat", what))
+    sources = json.loads(read_exactly(control, int.from_bytes(read_exactly(control, 4), "little")))
+    harnesses = {name: load_harness(name, source) for name, source in sources.items()}
+    gc.collect()
+    gc.freeze()
+    while True:
+        order, pipes, _, _ = socket.recv_fds(control, ORDER.size, 2)
+        if len(order) != ORDER.size or len(pipes) != 2:
+            os._exit(0)
+        middle = os.fork()
+        if not middle:
+            child = os.fork()
+            if child:
+                control.send(child.to_bytes(4, "little"))
+                os._exit(0)
+            memory_bytes, cpu_s = ORDER.unpack(order)
+            os.dup2(pipes[0], 0)
+            os.dup2(pipes[1], 1)
+            os.closerange(2, 64)
+            walls.close(memory_bytes=memory_bytes, cpu_s=cpu_s)
+            run_program(walls, pipe, tables, harnesses)
+        for descriptor in pipes:
+            os.close(descriptor)
+        os.waitpid(middle, 0)
+        control.send(b"+")
+
+
+def compile_warm() -> None:
+    """Compiles what makes the compiler import or read something, since a case can open no file."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    for text in ("'\\d' is 1\nassert (1, 'a')\nf'{1!r:>4}'", "def f(:", "x = 1 +", "\x00"):
+        try:
+            programs.compile_checked(text, guarded=True)
+        except programs.Refused:
+            pass
+    "\N{DIGIT ONE}".encode("utf-8", "backslashreplace")

@@ -1,0 +1,343 @@
+"""The supervisor: holds the games, has each program run in a case, and says how the case ended.
+
+Runs as root with SETUID, SETGID and KILL only, on the standard library alone, as the container's one job. It reads jobs from its standard
+input and writes one reply a job to its standard output:
+    message = length (4 bytes, little endian), JSON with a nonce;   reply = the message's nonce (16 bytes), length (4), JSON
+    first message {"nonce", "protocol", "harnesses": {name: source}}, then {"nonce", "job"}; replies are written by `hello` and `judge_job`
+What comes from a case is bytes: they are compared, counted and handed to the harness's judge, and never decide more than which of the
+failing outcomes a failure is. The outcome ok is given here, when the judge has finished and the case has left nothing behind.
+"""
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import case as cases
+
+PROTOCOL_VERSION = 1
+SWEEP_UID = 10002  # no process ever has it: while the supervisor sweeps, no case may signal the supervisor
+PR_SET_CHILD_SUBREAPER = 36
+MAX_MESSAGE_BYTES = 64 << 20
+MAX_REPLY_BYTES = 16 << 20
+LEAVE_S = 2.0  # a case without questions exits in under 1 ms; on a busy machine it may wait for a core
+CLAIMS = ("syntax_error", "foreign_import", "cheat", "crash", "memory")
+
+
+class CaseEnded(Exception):
+    """The program's process ended, or was ended: outcome and detail are final."""
+
+    def __init__(self, outcome: str, detail: str) -> None:
+        super().__init__(f"{outcome}: {detail}")
+        self.outcome = outcome
+        self.detail = detail
+
+
+class Nursery:
+    """The supervisor's end of the nursery."""
+
+    def __init__(self) -> None:
+        self.control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.pid = os.fork()
+        if not self.pid:
+            self.control.close()
+            cases.nurse(other)
+        other.close()
+
+    def teach(self, harnesses: dict[str, str]) -> None:
+        text = json.dumps(harnesses).encode()
+        self.control.sendall(len(text).to_bytes(4, "little") + text)
+
+    def fork(self, stdin: int, stdout: int, *, memory_bytes: int, cpu_s: int) -> int:
+        """Returns the pid of a new case on these descriptors."""
+        socket.send_fds(self.control, [cases.ORDER.pack(memory_bytes, cpu_s)], [stdin, stdout])
+        answer = cases.read_exactly(self.control, 5)
+        return int.from_bytes(answer[:4], "little")
+
+
+class Case:
+    """One program's process and what is left of its limits."""
+
+    def __init__(self, nursery: Nursery, limits: dict[str, Any]) -> None:
+        self.cpu_s: float = limits["cpu_s"]
+        self.output_left: int = limits["output_bytes"]
+        self.ended: CaseEnded | None = None
+        self.discard = False
+        self.status: int | None = None
+        self.used_s = 0.0
+        stdin, self.to_case = os.pipe()
+        self.from_case, stdout = os.pipe()
+        os.set_blocking(self.to_case, False)
+        os.set_blocking(self.from_case, False)
+        self.pid = nursery.fork(stdin, stdout, memory_bytes=limits["memory_bytes"], cpu_s=int(self.cpu_s) + 2)
+        os.close(stdin)
+        os.close(stdout)
+        self.clock = (~self.pid << 3) | 2  # the process's CPU clock, as clock_getcpuclockid(3) numbers it
+        self.wall_end = time.monotonic() + limits["wall_s"]
+        self.readable = select.poll()
+        self.readable.register(self.from_case, select.POLLIN)
+        self.writable = select.poll()
+        self.writable.register(self.to_case, select.POLLOUT)
+        self.writable.register(self.from_case, select.POLLIN)
+
+    def end(self, outcome: str, detail: str) -> CaseEnded:
+        """Returns the exception that says so, and keeps the first."""
+        if self.ended is None:
+            self.ended = CaseEnded(outcome, detail)
+        return self.ended
+
+    def cpu_used(self) -> float:
+        """Returns the seconds of CPU that the case has used."""
+        try:
+            return time.clock_gettime(self.clock)
+        except OSError:
+            return self.used_s
+
+    def wait_for(self, poll: "select.poll") -> None:
+        """Returns when the pipe is ready; ends the case when its CPU or wall time is over."""
+        while True:
+            cpu_left = self.cpu_s - self.cpu_used()
+            wall_left = self.wall_end - time.monotonic()
+            if cpu_left <= 0:
+                self.discard = True
+                raise self.end("timeout", f"used its {self.cpu_s:g} s of CPU time")
+            if wall_left <= 0:
+                self.discard = True
+                raise self.end("timeout", "used up its wall time")
+            if poll.poll(min(cpu_left, wall_left) * 1000 + 1):
+                return
+
+    def ask(self, payload: bytes) -> bytes:
+        """Sends one question and returns the answer; raises CaseEnded when there will be none."""
+        return self.exchange(payload, b"M")
+
+    def exchange(self, payload: bytes, kind: bytes) -> bytes:
+        if self.ended:
+            raise self.ended
+        nonce = os.urandom(8)
+        self.send(cases.QUESTION.pack(nonce, len(payload)) + payload)
+        data = b""
+        need = cases.ANSWER.size
+        while len(data) < need:
+            self.wait_for(self.readable)
+            part = os.read(self.from_case, 1 << 16)
+            if not part:
+                raise self.gone(len(data))
+            data = data + part if data else part
+            if need == cases.ANSWER.size and len(data) >= need:
+                answered, got, size = cases.ANSWER.unpack_from(data)
+                if answered != nonce or got not in (kind, b"X"):
+                    raise self.end("cheat", "wrote to the supervisor's pipe")
+                need += size
+                self.output_left -= need
+                if self.output_left < 0:
+                    raise self.end("output_limit", "answered with too many bytes")
+        if len(data) > need:
+            raise self.end("cheat", "wrote more than one answer")
+        if got == b"X":
+            raise self.claimed(data[cases.ANSWER.size :])
+        return data[cases.ANSWER.size :]
+
+    def send(self, rest: bytes) -> None:
+        while rest:
+            try:
+                rest = rest[os.write(self.to_case, rest) :]
+            except BlockingIOError:
+                self.wait_for(self.writable)
+                if self.readable.poll(0):
+                    part = os.read(self.from_case, 1)
+                    raise self.gone(0) if not part else self.end("cheat", "answered before it was asked") from None
+            except BrokenPipeError:
+                raise self.gone(0) from None
+
+    def claimed(self, payload: bytes) -> CaseEnded:
+        """Returns what the case says about its own end: one of the failing outcomes, else a cheat."""
+        outcome, _, detail = payload.decode("utf-8", "replace").partition("\n")
+        if outcome not in CLAIMS:
+            return self.end("cheat", "claimed an outcome that is not its own to claim")
+        detail = "".join(letter if letter.isprintable() else " " for letter in detail[: cases.MAX_DETAIL + 40])
+        return self.end(outcome, detail)
+
+    def gone(self, num_bytes: int) -> CaseEnded:
+        """Returns why the case closed its pipe."""
+        self.leave(LEAVE_S)
+        if self.status is None:
+            self.discard = True
+            return self.end("cheat", "closed its pipe and stayed")
+        if os.WIFSIGNALED(self.status):
+            number = os.WTERMSIG(self.status)
+            if number == signal.SIGSYS:
+                return self.end("cheat", "used a system call that programs have no need of")
+            if number == signal.SIGKILL:
+                self.discard = True
+                return self.end("memory", "killed by the system for its memory")
+            if number == signal.SIGXCPU:
+                return self.end("timeout", f"used its {self.cpu_s:g} s of CPU time")
+            return self.end("crash", f"ended by {signal.Signals(number).name}")
+        return self.end("crash", f"exited with status {os.WEXITSTATUS(self.status)} instead of answering")
+
+    def leave(self, seconds: float) -> None:
+        """Waits for the case to exit by itself."""
+        if self.status is not None:
+            return
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            waiting = select.poll()
+            waiting.register(descriptor, select.POLLIN)
+            if waiting.poll(seconds * 1000):
+                self.reap()
+        finally:
+            os.close(descriptor)
+
+    def reap(self) -> None:
+        """Reaps every child that has ended; notes the case's status and CPU time."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.pid:
+                self.status = status
+                self.used_s = usage.ru_utime + usage.ru_stime
+
+    def close(self) -> None:
+        """Lets the case go: no byte more may come, and no process of its uid stays."""
+        os.close(self.to_case)
+        if not self.ended:
+            end = time.monotonic() + LEAVE_S
+            while not self.ended:
+                if not self.readable.poll(max(0.0, end - time.monotonic()) * 1000):
+                    self.discard = True
+                    self.end("cheat", "stayed when there were no more questions")
+                elif os.read(self.from_case, 1):
+                    self.end("cheat", "wrote an answer to no question")
+                else:
+                    self.leave(LEAVE_S)
+                    if self.status:
+                        self.gone(0)
+                    break
+        self.sweep()
+        os.close(self.from_case)
+
+    def sweep(self) -> None:
+        """Kills until no process of the case's uid is left, and reaps."""
+        for _ in range(1000):
+            self.reap()
+            if not uid_has_process(cases.CASE_UID):
+                break
+            os.setresuid(SWEEP_UID, cases.CASE_UID, 0)
+            try:
+                os.kill(-1, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            finally:
+                os.setresuid(0, 0, 0)
+            time.sleep(0.0002)
+        else:
+            raise RuntimeError("a case's process could not be killed")
+
+
+def uid_has_process(uid: int) -> bool:
+    """Says whether a process of this uid exists, zombies included."""
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/status", "rb") as file:
+                    text = file.read()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            where = text.index(b"\nUid:")
+            if str(uid).encode() in text[where : text.index(b"\n", where + 1)].split():
+                return True
+    return False
+
+
+def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """Returns the reply to a job: outcome, detail, cases, cpu_s, wall_s, discard; `failed` instead when the harness itself failed."""
+    started = time.monotonic()
+    case = Case(nursery, job["limits"])
+    rows: list[Any] = []
+    failed = ""
+    try:
+        start = {name: job[name] for name in ("program", "entry", "harness", "guarded")}
+        case.exchange(json.dumps(start).encode(), b"R")
+        rows = harnesses[job["harness"]].judge(job["cases"], case.ask)
+    except CaseEnded as ended:
+        case.end(ended.outcome, ended.detail)
+    except Exception:
+        failed = traceback.format_exc(limit=-3)
+    case.close()
+    if failed:
+        return {"failed": failed}
+    return {
+        "outcome": case.ended.outcome if case.ended else "ok",
+        "detail": case.ended.detail if case.ended else "",
+        "cases": rows,
+        "cpu_s": case.used_s,
+        "wall_s": time.monotonic() - started,
+        "discard": case.discard,
+    }
+
+
+def read_message() -> dict[str, Any] | None:
+    """Returns the next message from outside, None when there will be none."""
+    header = read_bytes(4)
+    if not header:
+        return None
+    size = int.from_bytes(header, "little")
+    if size > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    message: dict[str, Any] = json.loads(read_bytes(size))
+    return message
+
+
+def read_bytes(size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        part = os.read(0, min(size - len(parts), 1 << 20))
+        if not part:
+            return b""
+        parts += part
+    return bytes(parts)
+
+
+def write_reply(nonce: str, reply: dict[str, Any]) -> None:
+    text = json.dumps(reply, allow_nan=False).encode()
+    if len(text) > MAX_REPLY_BYTES:
+        text = json.dumps({"failed": f"a reply of {len(text)} bytes"}).encode()
+    rest = bytes.fromhex(nonce) + len(text).to_bytes(4, "little") + text
+    while rest:
+        rest = rest[os.write(1, rest) :]
+
+
+def main() -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError("prctl(PR_SET_CHILD_SUBREAPER)")
+    nursery = Nursery()
+    hello = read_message()
+    if hello is None:
+        return
+    harnesses = {name: cases.load_harness(name, source) for name, source in hello["harnesses"].items()}
+    for module in harnesses.values():
+        module.CaseEnded = CaseEnded
+    nursery.teach(hello["harnesses"])
+    write_reply(hello["nonce"], {"protocol": PROTOCOL_VERSION, "python": sys.version.split()[0]})
+    while (message := read_message()) is not None:
+        write_reply(message["nonce"], judge_job(nursery, harnesses, message["job"]))
+
+
+if __name__ == "__main__" and "--warm" not in sys.argv:  # --warm: the image's build has the modules compiled
+    main()

@@ -1,0 +1,107 @@
+"""The sandbox image: its name, whether it is there, and how it is made.
+
+    python -m stages.sandbox image [--base IMAGE] [--base-tar FILE]
+
+The tag is the digest of containers/sandbox: a changed file is another image. The base is python:3.12-slim when the daemon has it or can pull it,
+else the file system that containers/base.sh wrote (--base-tar).
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from stages.config import UserError
+
+REPOSITORY = "flexsink-sandbox"
+BASE = "python:3.12-slim"
+LOCAL_BASE = "flexsink-base"
+FOLDER = Path(__file__).parents[2] / "containers" / "sandbox"
+BOOTSTRAP_HINT = "run: bash containers/bootstrap.sh"
+
+
+def source_digest() -> str:
+    """Returns 16 hex digits over the names and contents of the image's files."""
+    digest = hashlib.sha256()
+    for path in sorted(FOLDER.iterdir()):
+        if path.is_file():
+            digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def image_name() -> str:
+    """Returns the image that belongs to the files as they are now."""
+    return f"{REPOSITORY}:{source_digest()}"
+
+
+def connect(**options: Any) -> Any:
+    """Returns a docker.APIClient that has answered; UserError when no daemon does."""
+    import docker
+
+    try:
+        client = docker.APIClient(**{**docker.utils.kwargs_from_env(), **options})
+        client.ping()
+    except (docker.errors.DockerException, OSError) as error:
+        raise UserError(
+            f"no Docker daemon answers: {str(error).splitlines()[0][:200]}",
+            f"start Docker, or {BOOTSTRAP_HINT} as root; as another user you need to be in the group docker",
+        ) from error
+    return client
+
+
+def has_image(client: Any, name: str) -> bool:
+    """Says whether the daemon has the image."""
+    import docker
+
+    try:
+        client.inspect_image(name)
+    except docker.errors.ImageNotFound:
+        return False
+    return True
+
+
+def require_image(client: Any) -> str:
+    """Returns the image's name; UserError when it has not been built."""
+    name = image_name()
+    if not has_image(client, name):
+        raise UserError(f"the sandbox image {name} is missing", BOOTSTRAP_HINT)
+    return name
+
+
+def obtain_base(client: Any, base_tar: Path | None) -> str:
+    """Returns the name of a base that the daemon has now."""
+    import docker
+
+    if has_image(client, BASE):
+        return BASE
+    if base_tar is not None:
+        digest = hashlib.sha256(base_tar.read_bytes()).hexdigest()[:16]
+        name = f"{LOCAL_BASE}:{digest}"
+        if not has_image(client, name):
+            client.import_image_from_file(str(base_tar), repository=LOCAL_BASE, tag=digest)
+        return name
+    try:
+        client.pull(*BASE.split(":"))
+    except docker.errors.APIError as error:
+        raise UserError(
+            f"the base image {BASE} cannot be pulled: {error.explanation}",
+            "on Debian: bash containers/base.sh /tmp/base.tar, then python -m stages.sandbox image --base-tar /tmp/base.tar",
+        ) from error
+    return BASE
+
+
+def build(client: Any, base: str) -> str:
+    """Builds the image on `base` and returns its name; UserError with the build's last lines when it fails."""
+    import docker
+
+    name = image_name()
+    lines: list[str] = []
+    try:
+        for event in client.build(
+            path=str(FOLDER), tag=name, buildargs={"BASE": base}, rm=True, forcerm=True, network_mode="none", decode=True
+        ):
+            lines.append(str(event.get("stream") or event.get("error") or "").strip())
+            if "error" in event:
+                raise UserError("the sandbox image does not build: " + " | ".join(lines[-3:]), f"base {base}, files {FOLDER}")
+    except docker.errors.APIError as error:
+        raise UserError(f"the sandbox image does not build: {error.explanation}", f"base {base}, files {FOLDER}") from error
+    return name

@@ -1,0 +1,187 @@
+"""SandboxPool: programs judged in warm containers, one thread a container.
+
+A job that a container could not finish is tried on another one; after MAX_ATTEMPTS its future raises SandboxError. A container is replaced
+after `jobs_per_container` jobs, and at once after a timeout, an out-of-memory kill or anything it should not have said.
+"""
+
+import queue
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from stages.config import SandboxConfig, UserError
+from stages.sandbox.container import Container
+from stages.sandbox.image import connect, require_image
+from stages.sandbox.protocol import MAX_PROGRAM_BYTES, Job, Outcome, Result, SandboxError
+
+MAX_ATTEMPTS = 3
+JOBS_PER_CONTAINER = 500
+LABEL = "flexsink.sandbox"  # on every container of every pool
+
+
+@dataclass
+class Waiting:
+    """A job in the queue, with how often it was tried."""
+
+    job: Job
+    future: "Future[Result]"
+    attempts: int = 0
+
+
+class SandboxPool:
+    """N warm containers behind one queue. submit() never blocks; results come in the order they are ready."""
+
+    def __init__(
+        self,
+        config: SandboxConfig,
+        *,
+        harnesses: Mapping[str, str],
+        labels: Mapping[str, str],
+        jobs_per_container: int = JOBS_PER_CONTAINER,
+    ) -> None:
+        """Starts the threads, which start the containers; UserError when there is no daemon, image or runtime."""
+        self.config = config
+        self.harnesses = dict(harnesses)
+        self.labels = {**labels, LABEL: "1"}
+        self.jobs_per_container = jobs_per_container
+        client = connect()
+        self.image = require_image(client)
+        if config.runtime and config.runtime not in client.info().get("Runtimes", {}):
+            raise UserError(f"Docker has no runtime {config.runtime}", "set sandbox.runtime to one that `docker info` lists, or to nothing")
+        client.close()
+        self.waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
+        self.closing = False
+        self.lock = threading.Lock()
+        self.live: set[Container] = set()
+        self.num_started = 0
+        self.undertaker = ThreadPoolExecutor(1, thread_name_prefix="sandbox-undertaker")
+        self.threads = [
+            threading.Thread(target=self.work, name=f"sandbox-{index}", daemon=True) for index in range(config.containers)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def submit(self, job: Job) -> "Future[Result]":
+        """Returns the future verdict on a job; it raises SandboxError when the sandbox failed MAX_ATTEMPTS times."""
+        if self.closing:
+            raise ValueError("the pool is closed")
+        if job.harness not in self.harnesses:
+            raise ValueError(f"no harness {job.harness}: the pool was opened with {sorted(self.harnesses)}")
+        future: Future[Result] = Future()
+        size = len(job.program.encode("utf-8", "surrogatepass"))
+        if size > MAX_PROGRAM_BYTES:
+            detail = f"a program of {size} bytes; the limit is {MAX_PROGRAM_BYTES}"
+            future.set_result(
+                Result(job_id=job.job_id, outcome=Outcome.output_limit, detail=detail, cases=(), cpu_s=0.0, wall_s=0.0)
+            )
+        else:
+            self.waiting.put(Waiting(job, future))
+        return future
+
+    def work(self) -> None:
+        """The life of one thread and its container."""
+        client = connect()
+        container: Container | None = None
+        try:
+            container = self.start(client)
+        except SandboxError:
+            container = None  # tried again, and told, with the first job
+        while (waiting := self.waiting.get()) is not None:
+            if waiting.attempts == 0 and not waiting.future.set_running_or_notify_cancel():
+                continue
+            waiting.attempts += 1
+            try:
+                if container is None:
+                    container = self.start(client)
+                result, reusable = container.judge(waiting.job)
+            except SandboxError as error:
+                container = self.bury(container)
+                if waiting.attempts < MAX_ATTEMPTS and not self.closing:
+                    self.waiting.put(waiting)
+                else:
+                    waiting.future.set_exception(error)
+                continue
+            except Exception as error:
+                container = self.bury(container)
+                waiting.future.set_exception(error)
+                continue
+            if not reusable or container.num_jobs >= self.jobs_per_container:
+                container = self.bury(container)
+            waiting.future.set_result(result)
+        self.bury(container)
+
+    def start(self, client: Any) -> Container:
+        container = Container(
+            client,
+            image=self.image,
+            harnesses=self.harnesses,
+            labels=self.labels,
+            memory_bytes=self.config.memory_bytes,
+            runtime=self.config.runtime,
+        )
+        with self.lock:
+            self.live.add(container)
+            self.num_started += 1
+        return container
+
+    def bury(self, container: Container | None) -> None:
+        """Has the container removed while its thread goes on."""
+        if container is not None:
+            with self.lock:
+                self.live.discard(container)
+            self.undertaker.submit(container.discard)
+
+    def close(self) -> None:
+        """Ends every container at once; jobs still waiting are cancelled, running ones raise SandboxError."""
+        if self.closing:
+            return
+        self.closing = True
+        while True:
+            try:
+                waiting = self.waiting.get_nowait()
+            except queue.Empty:
+                break
+            if waiting is not None and not waiting.future.cancel():
+                waiting.future.set_exception(SandboxError("the pool was closed"))
+        for _ in self.threads:
+            self.waiting.put(None)
+        with self.lock:
+            live = list(self.live)
+        for container in live:
+            container.hang_up()
+        for thread in self.threads:
+            thread.join()
+        self.undertaker.shutdown(wait=True)
+
+    def __enter__(self) -> "SandboxPool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_pool(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str]) -> SandboxPool:
+    """Returns a pool of config.containers warm sandboxes that know these harnesses (name -> source text).
+
+    UserError when Docker or the image is missing. The containers bear `labels`, by which reap() finds what a killed run left.
+    """
+    return SandboxPool(config, harnesses=harnesses, labels=labels)
+
+
+def reap(labels: Mapping[str, str]) -> int:
+    """Removes the sandbox containers that bear all these labels and returns how many there were; UserError without a daemon."""
+    import docker
+
+    client = connect()
+    wanted = [LABEL, *(f"{name}={value}" for name, value in labels.items())]
+    found = client.containers(all=True, filters={"label": wanted})
+    for container in found:
+        try:
+            client.remove_container(container["Id"], force=True, v=True)
+        except docker.errors.APIError:
+            pass  # going already: the daemon removes them itself when their pipe closes
+    client.close()
+    return len(found)
