@@ -1,0 +1,97 @@
+"""A stage on its own: `python -m stages.rollout --run-dir R --iteration 3`."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from stages.artifacts.execute import execute, survey
+from stages.artifacts.keys import upstream_of
+from stages.artifacts.run import RunDir
+from stages.artifacts.stage import Progress, Session, StageContext, StageId
+from stages.config import UserError
+from stages.config import replace as replace_config
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: taken like Ctrl-C, so that everything is closed on the way out."""
+
+
+def main(name: str, run: Callable[[StageContext], None]) -> None:
+    """Runs one stage of an existing run and exits: 0 done, 2 with an error line, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{name}")
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
+    if name in ("rollout", "score", "update"):
+        parser.add_argument("--iteration", type=int, required=True, metavar="N", help="counted from 0")
+    elif name == "evaluate":
+        parser.add_argument("--updates", type=int, required=True, metavar="N", help="updates the policy has had")
+    elif name == "export":
+        parser.add_argument("--format", choices=("mxfp4", "fp16", "bf16", "adapter"), help="instead of the config's")
+    args = parser.parse_args()
+    sys.exit(guarded(lambda: run_one(name, run, args), resume=f"python -m stages.{name} {' '.join(sys.argv[1:])}"))
+
+
+def run_one(name: str, function: Callable[[StageContext], None], args: argparse.Namespace) -> int:
+    run = RunDir.open(args.run_dir)
+    config = run.config()
+    stage = StageId(name, getattr(args, "iteration", getattr(args, "updates", None)))
+    if name == "export":
+        if args.format:
+            config = replace_config(config, "export", format=args.format)
+        stage = StageId(name, config.train.iterations, config.export.format)
+    needed = every_upstream(stage)
+    for other, decision in survey(run, config, needed):
+        if decision.action == "RUN":
+            hint = f"run what is missing with: flexsink resume {run.path}"
+            raise UserError(f"{stage} needs {other}: {decision.reason}", hint)
+    with Session() as session:
+        execute(run, config, stage, function, session, print_progress)
+    print(f"{stage}: {run.folder(stage)}")
+    return 0
+
+
+def every_upstream(stage: StageId) -> list[StageId]:
+    """Everything `stage` follows from, in an order in which it can be made."""
+    order: list[StageId] = []
+    todo = [(stage, False)]
+    while todo:
+        current, expanded = todo.pop()
+        if current in order:
+            continue
+        if expanded:
+            order.append(current)
+        else:
+            todo.append((current, True))
+            todo.extend((other, False) for other in upstream_of(current))
+    return order[:-1]
+
+
+def print_progress(progress: Progress) -> None:
+    if progress.done == progress.total:
+        fields = "  ".join(f"{name} {value}" for name, value in progress.fields.items())
+        print(f"{progress.stage}: {progress.done} {progress.unit}  {fields}".rstrip(), file=sys.stderr)
+
+
+def guarded(action: Callable[[], int], *, resume: str = "") -> int:
+    """The exit code of `action`: 2 after a UserError, 130 after Ctrl-C or SIGTERM, which print a line or two."""
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        return action()
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        what = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+        print(f"{what}; go on with: {resume}" if resume else what, file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated

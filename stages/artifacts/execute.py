@@ -1,0 +1,178 @@
+"""The one way a stage is run: decide from the disk whether it must, then write it so that no kill does harm.
+
+    decide -> lock -> .tmp-<key> -> the function -> fsync -> manifest -> older folder aside -> rename -> fsync parent
+
+A stage is done when its manifest is there, has the key that its inputs give now, and every sha256 in it is right.
+Until the rename nothing of a try is visible under the stage's name; after it, everything is. What a killed try leaves,
+`.tmp-<key>`, is emptied by the next one but for its journals.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from stages.artifacts.journal import SUFFIX
+from stages.artifacts.keys import difference, inputs_of, key_of, upstream_of
+from stages.artifacts.manifest import NAME, Manifest, fsync, recorded
+from stages.artifacts.manifest import TIMINGS as TIMINGS_FILE
+from stages.artifacts.run import RunDir, explained, locked
+from stages.artifacts.stage import Report, Session, StageContext, StageId, silent
+from stages.config import RunConfig, UserError
+
+
+class Decision(NamedTuple):
+    """Example: Decision("RUN", "rollout.temperature 1.0 -> 0.9", "5f2c...", {...}, None)"""
+
+    action: Literal["RUN", "REUSE"]
+    reason: str
+    key: str
+    inputs: dict[str, Any]
+    manifest: Manifest | None
+    # the finished one when the action is REUSE
+
+
+def decide(run: RunDir, config: RunConfig, stage: StageId, upstream_digests: Mapping[StageId, str]) -> Decision:
+    """Whether the stage has to run, and why. Every file is read and its sha256 compared; nothing is written."""
+    inputs = inputs_of(stage, config, upstream_digests)
+    key = key_of(inputs)
+    folder = run.folder(stage)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        if not folder.exists():
+            return Decision("RUN", "not done yet", key, inputs, None)
+        return Decision("RUN", f"{NAME} is missing or corrupt", key, inputs, None)
+    if manifest.key != key:
+        return Decision("RUN", difference(manifest.inputs, inputs), key, inputs, None)
+    damage = manifest.damage(folder)
+    if damage:
+        return Decision("RUN", damage, key, inputs, None)
+    return Decision("REUSE", "done, every file as recorded", key, inputs, manifest)
+
+
+def execute(
+    run: RunDir,
+    config: RunConfig,
+    stage: StageId,
+    function: Callable[[StageContext], None],
+    session: Session,
+    report: Report = silent,
+    *,
+    runner: str = "process",
+) -> Manifest:
+    """The stage's manifest: found valid, or made now by calling `function`. Its upstream must be done.
+
+    Errors: UserError when the upstream is missing or damaged, the disk is full, the folder cannot be written; whatever
+    `function` raises. After an error the run directory is as it was, but for `.tmp-<key>`.
+    """
+    folder = run.folder(stage)
+    digests = {other: finished_digest(run, other, stage) for other in upstream_of(stage)}
+    decision = decide(run, config, stage, digests)
+    if decision.manifest is not None:
+        return decision.manifest
+    busy = f"{stage} is being run by another process"
+    with explained(run.path), locked(folder.parent / f".lock-{folder.name}", busy, wait=True):
+        decision = decide(run, config, stage, digests)
+        if decision.manifest is not None:
+            return decision.manifest  # another process finished it while this one waited
+        temporary = folder.parent / f".tmp-{decision.key}"
+        prepare(temporary)
+        context = StageContext(
+            run=run,
+            config=config,
+            stage=stage,
+            out=temporary,
+            session=session,
+            report=report,
+            key=decision.key,
+            upstream=upstream_of(stage),
+        )
+        started = time.perf_counter()
+        function(context)
+        write_timings(context, time.perf_counter() - started)
+        sync_all(temporary)
+        manifest = Manifest.of(temporary, key=decision.key, inputs=decision.inputs, recorded=recorded(runner=runner))
+        manifest.write(temporary)
+        set_aside(folder)
+        os.rename(temporary, folder)
+        fsync(folder.parent)
+        for journal in folder.rglob(f"*{SUFFIX}"):
+            journal.unlink()
+    return manifest
+
+
+def finished_digest(run: RunDir, stage: StageId, reader: StageId) -> str:
+    """The content digest of a stage that `reader` reads, its files verified."""
+    manifest = run.manifest(stage)
+    hint = f"make it with: flexsink resume {run.path}"
+    if manifest is None:
+        raise UserError(f"{reader} needs {stage}, which is not done", hint)
+    damage = manifest.damage(run.folder(stage))
+    if damage:
+        raise UserError(f"{reader} needs {stage}, but {damage}", hint)
+    return manifest.digest
+
+
+def prepare(temporary: Path) -> None:
+    """An unfinished folder that holds nothing but the journals of an earlier try."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    for entry in temporary.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif not entry.name.endswith(SUFFIX):
+            entry.unlink()
+
+
+def write_timings(context: StageContext, seconds: float) -> None:
+    from stages.artifacts.parquet import TIMINGS, write_table
+
+    rows = [*context.timings, {"what": "stage", "seconds": seconds}]
+    write_table(context.out / TIMINGS_FILE, rows, TIMINGS)
+
+
+def sync_all(folder: Path) -> None:
+    """Returns when every file and folder below is on the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        fsync(path)
+    fsync(folder)
+
+
+def set_aside(folder: Path) -> None:
+    """Renames an older, invalid folder to .stale-<name>-<n>, so that nothing a person may want to look at is lost."""
+    if not folder.exists():
+        return
+    number = 0
+    while (target := folder.parent / f".stale-{folder.name}-{number}").exists():
+        number += 1
+    os.rename(folder, target)
+
+
+def survey(run: RunDir, config: RunConfig, stages: Iterator[StageId] | list[StageId]) -> list[tuple[StageId, Decision]]:
+    """What running `stages` in this order would do: each stage's decision, made without running any.
+
+    A stage after one that has to run is decided with what that one wrote before; where nothing is there, it runs.
+    """
+    digests: dict[StageId, str] = {}
+    reruns: set[StageId] = set()
+    decisions = []
+    for stage in stages:
+        above = upstream_of(stage)
+        waiting = [other for other in above if other not in digests]
+        if waiting:
+            decision = Decision("RUN", f"{waiting[0]} is not done", "", {}, None)
+        else:
+            decision = decide(run, config, stage, digests)
+        changed = [other for other in above if other in reruns]
+        if changed and decision.action == "REUSE":
+            decision = decision._replace(action="RUN", reason=f"unless {changed[0]} comes out as before", manifest=None)
+        manifest = run.manifest(stage)
+        if decision.action == "RUN":
+            reruns.add(stage)
+            if manifest is not None and manifest.key == decision.key:
+                digests[stage] = manifest.digest  # damaged, but made again it should be the same
+        elif manifest is not None:
+            digests[stage] = manifest.digest
+        decisions.append((stage, decision))
+    return decisions

@@ -1,0 +1,166 @@
+"""The run directory: where everything is, and who may write in it."""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts.manifest import Manifest, fsync, versions
+from stages.artifacts.stage import StageId
+from stages.config import RunConfig, UserError
+
+
+class RunDir:
+    """data/runs/<name>: config.json, environment.json, a folder per stage, logs/.
+
+    Example: run = RunDir.create(Path("data/runs/demo"), config); run.folder(StageId("rollout", 3))
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunDir":
+        """A new run in `path`, which must not hold one yet; config.json is its last file."""
+        run = cls(path)
+        with explained(path):
+            if (path / "config.json").exists():
+                raise UserError(f"{path} already holds a run", f"go on with it by: flexsink resume {path}")
+            if path.is_dir() and any(entry.name not in KNOWN for entry in path.iterdir()):
+                raise UserError(f"{path} is not empty and holds no run", "choose another folder with --run-dir")
+            (path / "logs").mkdir(parents=True, exist_ok=True)
+            write_json(path / "environment.json", environment())
+            write_json(path / "config.json", config.to_dict())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDir":
+        """The run in `path`; UserError when there is none."""
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} holds no run: it has no config.json", "see the runs there are with: flexsink runs")
+        return cls(path)
+
+    def config(self) -> RunConfig:
+        with explained(self.path):
+            return RunConfig.from_json((self.path / "config.json").read_text())
+
+    def save_config(self, config: RunConfig) -> None:
+        with explained(self.path):
+            write_json(self.path / "config.json", config.to_dict())
+
+    def environment(self) -> dict[str, Any]:
+        """The machine and versions the run was created with, and its id."""
+        try:
+            body: dict[str, Any] = json.loads((self.path / "environment.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return body
+
+    def folder(self, stage: StageId) -> Path:
+        return self.path / stage.folder
+
+    def manifest(self, stage: StageId) -> Manifest | None:
+        """The manifest of a published stage, its files unchecked; None when there is none."""
+        return Manifest.read(self.folder(stage))
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def labels(self) -> dict[str, str]:
+        """What every container of this run is labelled with: the id it was given when it was created."""
+        return {"flexsink.run": str(self.environment().get("run_id") or self.path.resolve())}
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the one process that works on the whole run; UserError when another one does."""
+        with locked(self.path / ".lock", f"{self.path} is being worked on by another process", wait=False):
+            yield
+
+
+KNOWN = {"logs", "environment.json", "config.json", ".lock"}
+NO_SPACE = "free some space (flexsink runs shows what is large), then go on with: flexsink resume RUN"
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str, *, wait: bool) -> Iterator[None]:
+    """Holds the lock file; when another process does, waits for it or raises UserError. A kill releases it."""
+    from filelock import FileLock, Timeout
+
+    with explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise UserError(message, "wait until it has finished, or end it") from None
+        except NotImplementedError:
+            hint = "choose a local folder with --run-dir"
+            raise UserError(f"{path.parent} lies on a file system without locks", hint) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns a full disk, a read-only folder or missing rights into a UserError that says so."""
+    try:
+        yield
+    except OSError as error:
+        known = explanation(error, path)
+        if known is None:
+            raise
+        raise known from error
+
+
+def explanation(error: BaseException, path: Path) -> UserError | None:
+    """The UserError for an operating system error a person can do something about; None for any other."""
+    import errno
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            where = seen.filename or path
+            match seen.errno:
+                case errno.ENOSPC | errno.EDQUOT:
+                    return UserError(f"the disk is full: {path}", NO_SPACE)
+                case errno.EROFS:
+                    return UserError(f"{where} lies on a read-only file system", "choose another folder with --run-dir")
+                case errno.EACCES | errno.EPERM:
+                    return UserError(f"no permission to write {where}", "change its owner, or choose another --run-dir")
+                case errno.ENOTDIR | errno.EEXIST:
+                    return UserError(f"{where} is a file, not a folder", "choose another folder with --run-dir")
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Replaces a JSON file in one step: never half of it is seen."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            json.dump(body, file, indent=2, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "run_id": uuid.uuid4().hex,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+    }
