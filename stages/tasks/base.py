@@ -17,14 +17,15 @@ class Prompt:
     """
 
     prompt_id: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[dict[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
     """The verdict on one completion; `reward` is the sum of its reward functions.
 
-    Example: Score(Outcome.OK, {"works": 1.0, "no_cheating": 0.0, "strategy": 1.7}, games=[{"seed": 4, "moves": 210, ...}], detail="")
+    Example: Score(Outcome.ok, {"works": 1.0, "no_cheating": 0.0, "strategy": 1.7}, games=[{"seed": 4, "moves": 210,
+    ...}], detail="")
     """
 
     outcome: Outcome
@@ -38,11 +39,15 @@ class Score:
 
 
 class Task(abc.ABC):
-    """A problem that a program can judge. `reward_names` are the columns `reward_<name>`; `entry` is the function asked for."""
+    """A problem that a program can judge.
+
+    `entry` is the function asked for; `reward_names` become the columns `reward_<name>`.
+    """
 
     name: ClassVar[str]
     entry: ClassVar[str]
     reward_names: ClassVar[tuple[str, ...]]
+    options: Any
 
     @abc.abstractmethod
     def prompt(self) -> str:

@@ -1,8 +1,10 @@
 """Finds the program in a completion; reads text only, nothing is run.
 
-A completion of gpt-oss keeps its harmony markers: `<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...`.
-Only the final channel answers. In it the program is the fenced block that defines the entry function (the last of several), or, where there
-is no fence at all, the whole text. A fence that was never closed is an answer cut short: no program, and no cheating either.
+A completion of gpt-oss keeps its harmony markers:
+`<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...`.
+Only the final channel answers. In it the program is the fenced block that defines the entry function (the last of
+several), or, where there is no fence at all, the whole text. A fence that was never closed is an answer cut short: no
+program, and no cheating either.
 """
 
 import ast
@@ -17,7 +19,7 @@ _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})([^`]*)")
 
 
 def final_message(completion: str) -> str | None:
-    """Returns the text of the last final channel; a text without any marker is a final message; None where there is only analysis."""
+    """Returns the text of the last final channel, or a text without any marker; None where there is only analysis."""
     starts = list(_FINAL.finditer(completion))
     if starts:
         completion = completion[starts[-1].end() :]
@@ -36,7 +38,7 @@ def fenced_blocks(message: str) -> tuple[list[str], bool]:
     fence = ""
     lines: list[str] = []
     for line in message.split("\n"):
-        match = _FENCE.fullmatch(line.rstrip("\r"))
+        match = _FENCE.fullmatch(line)
         if not fence:
             if match:
                 fence, lines = match[1], []
@@ -58,7 +60,7 @@ def extract(completion: str, *, entry: str) -> str | None:
     message = final_message(completion)
     if message is None:
         return None
-    blocks, cut_short = fenced_blocks(message)
+    blocks, cut_short = fenced_blocks(message.replace("\r\n", "\n"))
     if not blocks and not cut_short:
         blocks = [message.strip("\n") + "\n"]
     answers = [block for block in blocks if defines(block, entry=entry)]
@@ -66,7 +68,7 @@ def extract(completion: str, *, entry: str) -> str | None:
 
 
 def syntax_tree(program: str) -> str | None:
-    """Returns the sha256 of the program's syntax tree, equal for programs that differ in layout and comments; None if it does not parse."""
+    """Returns the sha256 of the syntax tree, the same whatever the layout and comments; None if it does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,11 +1,10 @@
 """The tasks by name, with their options checked."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stages.config import UserError
+from stages.config import UserError, unknown
 from stages.tasks.base import Task
 from stages.tasks.game2048.task import Game2048
 from stages.tasks.game2048.task import Options as Game2048Options
@@ -18,30 +17,24 @@ TASKS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-def nearest(word: str, *, known: Iterable[str]) -> str:
-    """Returns a hint: the known word meant, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are: {', '.join(known) or 'none'}"
-
-
 def get(name: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> Task:
     """Returns the task of that name with those options; UserError names what is unknown or of the wrong type.
 
     Example: get("game2048", {"size": 5, "games": 8})
     """
     if name not in TASKS:
-        raise UserError(f"unknown task {name!r}", nearest(name, known=TASKS))
+        raise unknown(f"task {name!r}", name, TASKS, prefix="task.name=")
     task, options_type = TASKS[name]
     fields = {field.name: field for field in dataclasses.fields(options_type)}
     values = dict(options)
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"unknown key task.{key} for the task {name}", nearest(key, known=fields))
+            raise unknown(f"key task.{key} of {name}", key, fields, prefix="task.")
         expected = type(fields[key].default)
         if type(value) is not expected:
             raise UserError(f"task.{key} is {value!r}", f"it takes a value of type {expected.__name__}")
-    return task(options_type(**values))
+    chosen: Task = task(options_type(**values))
+    return chosen
 
 
 def check(name: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:

@@ -1,7 +1,8 @@
 """Strategies to compare with, as program texts under the model's own contract: they are judged as its answers are.
 
-random draws among the letters that move something; fixed_order takes the first of A, S, D, W that does; greedy takes the one that merges
-the most; look_ahead makes each move and keeps the board with many empty cells and lines that only rise or only fall.
+random draws among the letters that move something; fixed_order takes the first of A, S, D, W that does; greedy takes
+the one that merges the most; look_ahead makes each move and keeps the board with many empty cells and lines that only
+rise or only fall.
 
 Means of 400 games on 4x4 are in tests/test_game2048_baselines.py.
 """

@@ -1,12 +1,15 @@
 """Both ends of the pipe between the supervisor, which holds the games, and the process of the program that plays them.
 
-A message asks for one move on each running game; every game of a job moves in lockstep, so a round trip is paid once a round.
+A message asks for one move on each running game; every game of a job moves in lockstep, so a round trip is paid once a
+round.
     question: size (1 byte), the seed for the program's own `random` (8 bytes), then size * size exponents a board
     answer:   one byte a board, one of W A S D; anything else ends that game
-The program gets lists made anew for every call, in another process than the games: what it writes into them reaches nothing.
+The program gets lists made anew for every call, in another process than the games: what it writes into them reaches
+nothing.
 Its `random` is seeded, so that the same program on the same games gives the same verdict whenever it is judged.
 
-The sandbox ships this file behind rules.py as one text and runs `judge` in the supervisor, `serve` in the program's process.
+The sandbox ships this file behind rules.py as one text and runs `judge` in the supervisor, `serve` in the program's
+process.
 """
 
 from stages.tasks.game2048.rules import Game
@@ -20,8 +23,8 @@ def judge(cases, ask):  # type: ignore[no-untyped-def]
     """Plays all games to their end and returns their records in the order of the cases.
 
     cases: dicts with seed, size, target, max_moves and program_seed; size and program_seed are those of the first.
-    ask(question) -> answer raises an exception with `outcome` when the program ended: running games then end where they stand, as timeout
-    or as illegal, and the supervisor keeps the outcome.
+    ask(question) -> answer raises an exception with `outcome` when the program ended: running games then end where
+    they stand, as timeout or as illegal, and the supervisor keeps the outcome.
     """
     games = [
         Game(case["seed"], size=case["size"], target=case["target"], max_moves=case["max_moves"]) for case in cases
@@ -47,7 +50,7 @@ def judge(cases, ask):  # type: ignore[no-untyped-def]
 
 
 def serve(function, receive, send):  # type: ignore[no-untyped-def]
-    """Answers questions with what `function(board)` returns until there are none; its exceptions are the sandbox's to report."""
+    """Answers questions with what `function(board)` returns, until there are none; its exceptions go to the sandbox."""
     import random
 
     values = [0] + [1 << exponent for exponent in range(1, 256)]

@@ -1,9 +1,11 @@
 """The game of 2048, played by whoever asks: standard merge rules on a size x size board, one move at a time.
 
-Runs inside the sandbox's supervisor, so it needs nothing but the standard library and stands alone when its text is shipped.
+Runs inside the sandbox's supervisor, so it needs nothing but the standard library and stands alone when its text is
+shipped.
 
-A board is `bytes` of size * size exponents in row order: 0 is empty, 1 is a tile of 2, 11 a tile of 2048. A move looks up each line in a
-table of lines already slid, which is filled as lines are met. The tiles that appear depend on the game's seed and its own moves alone.
+A board is `bytes` of size * size exponents in row order: 0 is empty, 1 is a tile of 2, 11 a tile of 2048. A move looks
+up each line in a table of lines already slid, which is filled as lines are met. The tiles that appear depend on the
+game's seed and its own moves alone.
 
 Example:
     game = Game(7, size=4, target=2048, max_moves=5000)
@@ -16,7 +18,9 @@ import random
 
 MAX_WASTED = 10  # letters in a row that move nothing; the 10th ends the game
 FOUR_CHANCE = 0.1
-MAX_LINES = 1 << 17  # lines a table keeps: all that 4x4 games up to 2048 can show are 20 736, an entry takes about 200 bytes
+MAX_LINES = (
+    1 << 17
+)  # lines a table keeps: all that 4x4 games up to 2048 can show are 20 736, an entry takes about 200 bytes
 
 
 class LineTable(dict):  # type: ignore[type-arg]
@@ -62,11 +66,23 @@ def lines_of(size: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
 class Game:
     """One game: `board`, `score`, `moves` (those that changed the board) and `state`, empty while the game goes on.
 
-    state: won (a tile of `target`), stuck (nothing can move), illegal (an answer that is no letter, or 10 letters in a row that moved
-    nothing), move_limit; the judge sets timeout.
+    state: won (a tile of `target`), stuck (nothing can move), illegal (an answer that is no letter, or 10 letters in a
+    row that moved nothing), move_limit; the judge sets timeout.
     """
 
-    __slots__ = ("board", "columns", "letters", "max_moves", "random", "rows", "score", "seed", "state", "target", "wasted")
+    __slots__ = (
+        "board",
+        "columns",
+        "letters",
+        "max_moves",
+        "random",
+        "rows",
+        "score",
+        "seed",
+        "state",
+        "target",
+        "wasted",
+    )
 
     def __init__(self, seed: int, *, size: int, target: int, max_moves: int) -> None:
         if not 3 <= size <= 8:
@@ -111,7 +127,7 @@ class Game:
         return b"".join([transposed[where] for where in self.columns]), gained
 
     def spawn(self, board: bytes) -> None:
-        """Puts a 2, or one time in ten a 4, on an empty cell of `board`, all cells alike; one random number does both."""
+        """Puts a 2, or one time in ten a 4, on an empty cell of `board`, all cells alike, by one random number."""
         drawn = self.random() * board.count(0)
         index = int(drawn)
         four = drawn - index < FOUR_CHANCE

@@ -1,15 +1,16 @@
 """The 2048 task: the model writes `strategy(board)`, the sandbox plays it on hidden seeds, better play earns more.
 
 Each reward is a column of its own; the reward is their sum.
-    works        1 if the program played or ran out of time, 0 if it died (crash, memory, output) or was stopped for cheating,
-                 -1 if there was none or it does not parse
+    works        1 if the program played or ran out of time, 0 if it died (crash, memory, output) or cheated, -1 if
+                 there was none or it does not parse
     no_cheating  -5 for an import that is not allowed or a forbidden act, else 0
     strategy     mean over the games of
                      log(max_tile) / log(target) + 2 log(1 + 80 s) / log(81) + (1 if won)
-                 with s = score / (target (log2(target) - 1)), the score of building one target tile out of twos; 0 for a cheat
-A game counts where it stands when it ends, however it ended: playing on never lowers its grade and every merge raises it, so quitting never
-beats playing, and running out of time costs what losing costs. On 4x4 a program that quits at once gets about 0.1, the baselines
-1.2 to 2.2, a win 4.
+                 with s = score / (target (log2(target) - 1)), the score of building one target tile out of twos; 0 for
+                 a cheat
+A game counts where it stands when it ends, however it ended: playing on never lowers its grade and every merge raises
+it, so quitting never beats playing, and running out of time costs what losing costs. On 4x4 a program that quits at
+once gets about 0.1, the baselines 1.2 to 2.2, a win 4.
 
 Not covered: how the model came to its program; programs that look at the clock are the sandbox's to stop.
 """
@@ -27,8 +28,9 @@ from stages.tasks.base import Score, Task
 from stages.tasks.game2048.baselines import BASELINES
 
 TEMPLATE = """\
-Write a Python function strategy(board: list[list[int]]) -> str that plays 2048 on a {size}x{size} board and reaches {target}. \
-board holds rows of numbers, 0 is empty. Return the next move: 'W' up, 'A' left, 'S' down or 'D' right. \
+Write a Python function strategy(board: list[list[int]]) -> str that plays 2048 on a {size}x{size} board \
+and reaches {target}. board holds rows of numbers, 0 is empty. \
+Return the next move: 'W' up, 'A' left, 'S' down or 'D' right. \
 A move that changes nothing is wasted. \
 Import only math, random, itertools, collections, functools, heapq, copy or typing. \
 Answer with one fenced python code block that holds the function."""
@@ -92,9 +94,7 @@ class Game2048(Task):
             "program_seed": derive("game2048", "program", *seeds),
         }
         cases = tuple({"seed": seed, **shared} for seed in seeds)
-        return Job(
-            job_id=job_id, program=program, entry=self.entry, harness=self.name, cases=cases, limits=limits
-        )
+        return Job(job_id=job_id, program=program, entry=self.entry, harness=self.name, cases=cases, limits=limits)
 
     def grade(self, game: Mapping[str, Any]) -> float:
         """Returns what one game is worth: the formula at the top of this file."""
@@ -106,9 +106,9 @@ class Game2048(Task):
     def score(self, result: Result | None) -> Score:
         if result is None:
             rewards = {"works": -1.0, "no_cheating": 0.0, "strategy": 0.0}
-            return Score(Outcome.NO_PROGRAM, rewards, [], "the final channel holds no program")
-        cheated = result.outcome in (Outcome.CHEAT, Outcome.FOREIGN_IMPORT)
-        works = {Outcome.OK: 1.0, Outcome.TIMEOUT: 1.0, Outcome.NO_PROGRAM: -1.0, Outcome.SYNTAX_ERROR: -1.0}
+            return Score(Outcome.no_program, rewards, [], "the final channel holds no program")
+        cheated = result.outcome in (Outcome.cheat, Outcome.foreign_import)
+        works = {Outcome.ok: 1.0, Outcome.timeout: 1.0, Outcome.no_program: -1.0, Outcome.syntax_error: -1.0}
         grades = [] if cheated else [self.grade(game) for game in result.cases]
         rewards = {
             "works": works.get(result.outcome, 0.0),
@@ -123,17 +123,23 @@ class Game2048(Task):
     def validate(self) -> None:
         def verdict(outcome: Outcome, **game: Any) -> float:
             cases = ({"seed": 2, "moves": 1, "letters": "A", **game},) if game else ()
-            return self.score(Result("validate", outcome, "", cases, 0.0, 0.0)).reward
+            return self.score(
+                Result(job_id="validate", outcome=outcome, detail="", cases=cases, cpu_s=0.0, wall_s=0.0)
+            ).reward
 
         target = self.options.target
         full = target * (target.bit_length() - 2)
         start: dict[str, Any] = {"max_tile": 2, "score": 0}
         later: dict[str, Any] = {"max_tile": 4, "score": 4}
-        won = verdict(Outcome.OK, max_tile=target, score=full, state="won")
+        won = verdict(Outcome.ok, max_tile=target, score=full, state="won")
         assert abs(won - 5.0) < 1e-9, f"a win with nothing to spare scores {won}, not 1 + 1 + 2 + 1"
-        quits, loses = verdict(Outcome.OK, state="illegal", **start), verdict(Outcome.OK, state="stuck", **later)
+        quits, loses = verdict(Outcome.ok, state="illegal", **start), verdict(Outcome.ok, state="stuck", **later)
         assert quits < loses < won, f"quitting {quits}, losing {loses}, winning {won}"
-        assert verdict(Outcome.TIMEOUT, state="timeout", **later) == loses, "running out of time costs what losing costs"
-        assert verdict(Outcome.CRASH, state="illegal", **start) < quits, "a crash scores below a legal end at the same board"
+        assert verdict(Outcome.timeout, state="timeout", **later) == loses, (
+            "running out of time costs what losing costs"
+        )
+        assert verdict(Outcome.crash, state="illegal", **start) < quits, (
+            "a crash scores below a legal end at the same board"
+        )
         empty = self.score(None).reward
-        assert verdict(Outcome.CHEAT, state="won", max_tile=target, score=full) < empty < quits, "cheating pays"
+        assert verdict(Outcome.cheat, state="won", max_tile=target, score=full) < empty < quits, "cheating pays"

@@ -1,7 +1,7 @@
 """The matmul task: the model writes `matmul(A, B)` on lists of lists.
 
-It has a prompt and finds the program in a completion. Its judge needs timings taken by the sandbox's supervisor, which is not written
-yet, so every method that would lead to a reward refuses.
+It has a prompt and finds the program in a completion. Its judge needs timings taken by the sandbox's supervisor, which
+is not written yet, so every method that would lead to a reward refuses.
 """
 
 import dataclasses
