@@ -51,10 +51,10 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(weight: Tensor) -> Mxfp4:
     """The nearest MXFP4 to `weight` [..., K], K a multiple of 32.
 
-    Each block takes the better, by squared error, of two scales: the one that puts its largest magnitude in [4, 8) and the
-    one that puts it in [2, 4). The first saturates what exceeds 6, the second spends a bit of range instead. A weight that
-    is already on the grid comes back with the same values (not always with the same bytes). Raises ValueError on a K that
-    is no multiple of 32 or on values that are not finite.
+    Each block takes the better, by squared error, of two scales: the one that puts its largest magnitude in [4, 8) and
+    the one that puts it in [2, 4). The first saturates what exceeds 6, the second spends a bit of range instead. A weight
+    already on the grid comes back with the same values (not always with the same bytes). Raises ValueError on a K that is
+    no multiple of 32 or on values that are not finite.
     """
     if weight.shape[-1] % BLOCK:
         raise ValueError(f"MXFP4 needs the last dimension to be a multiple of {BLOCK}, got {weight.shape[-1]}")
@@ -77,7 +77,7 @@ def quantize(weight: Tensor) -> Mxfp4:
 def _round(values: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [..., 32] nearest to `values` / 2^exponent, and each block's squared error in units of its values."""
     scaled = torch.ldexp(values, -exponent.unsqueeze(-1))
-    magnitude = scaled.abs()
+    magnitude = scaled.abs().contiguous()
     midpoints = torch.tensor(MIDPOINTS, dtype=torch.float32, device=values.device)
     # bucketize(right=False) sends a tie down, right=True up: ties at an odd lower code go up to the even one.
     down = torch.bucketize(magnitude, midpoints, right=False)

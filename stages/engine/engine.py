@@ -1,0 +1,134 @@
+"""The loop: admit, sample, record, decode, until nothing waits."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stages.engine.cache import Cache
+from stages.engine.runner import Runner
+from stages.engine.sampler import Sampler
+from stages.engine.scheduler import Scheduler
+from stages.engine.sequence import Completion, Request, SamplingParams, check_unique
+from stages.model.policy import Policy
+
+# Slots are rounded up to this: a matrix product's last, partial tile of rows may take another code path, with other last bits.
+ROW_TILE = 16
+
+
+class Engine:
+    """Samples completions of many prompts at once on the policy's own weights; holds no memory between runs.
+
+    On the CPU a completion's tokens and log-probabilities are the same bits whoever shares the batch: they depend on its
+    prompt, its sampling parameters, max_slots, max_new_tokens and the policy.
+
+    Example:
+        engine = Engine(policy, max_slots=64, max_new_tokens=320)
+        completions = engine.run(requests, on_finished=journal)
+    """
+
+    def __init__(self, policy: Policy, *, max_slots: int, max_new_tokens: int) -> None:
+        """max_slots: sequences that run at once; max_new_tokens: the most any request may ask for."""
+        if max_slots < 1 or max_new_tokens < 1:
+            raise ValueError(f"max_slots and max_new_tokens must be 1 or more, got {max_slots} and {max_new_tokens}")
+        self.policy = policy
+        self.max_slots = -(-max_slots // ROW_TILE) * ROW_TILE
+        self.max_new_tokens = max_new_tokens
+        self.runner = Runner(policy)
+
+    @torch.no_grad()
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        on_finished: Callable[[Completion], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """One completion for each request, in their order.
+
+        on_finished is called with each completion as soon as it ends; on_step after each step with the number of tokens it
+        sampled. Requests of one prompt should stand together: the prompt is computed once and freed after the last of them.
+        Raises ValueError on a request that cannot be served, before anything is sampled.
+        """
+        check_unique(requests)
+        for request in requests:
+            self._check(request)
+        device, vocabulary = self.policy.device, self.policy.model.config.vocab_size
+        scheduler = Scheduler(requests, max_slots=self.max_slots)
+        sizes = {"max_slots": self.max_slots, "max_new_tokens": self.max_new_tokens}
+        cache = Cache(self.policy.model.config, **sizes, dtype=self.policy.dtype, device=device)
+        sampler = Sampler(**sizes, device=device)
+        logits = torch.zeros(self.max_slots, vocabulary, dtype=self.policy.dtype, device=device)
+        finished: dict[str, Completion] = {}
+        while not scheduler.done:
+            for sequence in scheduler.admit():
+                prompt_ids = sequence.request.prompt_ids
+                if prompt_ids not in cache.prompts:
+                    cache.prompts[prompt_ids] = self.runner.prefill(prompt_ids)
+                cache.assign(sequence.slot, prompt_ids)
+                sampler.assign(sequence.slot, sequence.request.sampling)
+                logits[sequence.slot] = cache.prompts[prompt_ids].logits
+            steps = torch.zeros(self.max_slots, dtype=torch.int64)
+            for slot, sequence in scheduler.running.items():
+                steps[slot] = len(sequence.token_ids)
+            steps = steps.to(device)
+            tokens, logprobs = sampler.sample(logits, steps)
+            num_sampled = len(scheduler.running)
+            sampled_tokens, sampled_logprobs = tokens.tolist(), logprobs.tolist()
+            for slot, sequence in list(scheduler.running.items()):
+                reason = sequence.append(sampled_tokens[slot], sampled_logprobs[slot])
+                if reason is not None:
+                    completion = sequence.completion(reason)
+                    finished[completion.completion_id] = completion
+                    cache.release(*scheduler.finish(sequence))
+                    if on_finished is not None:
+                        on_finished(completion)
+            if on_step is not None:
+                on_step(num_sampled)
+            if scheduler.running:
+                logits = self.runner.decode(cache, tokens, steps)
+        return [finished[request.completion_id] for request in requests]
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """Prompts and what follows them, int64 [B, T + new], as transformers' `generate` returns it.
+
+        input_ids int64 [B, T], padded on the left where attention_mask [B, T] is 0; greedy unless `sampling` says otherwise
+        (row b then samples with seed sampling.seed + b). Rows that end early are padded on the right.
+        """
+        sampling = sampling or SamplingParams(
+            max_new_tokens=self.max_new_tokens, temperature=0.0, stop_token_ids=self.policy.stop_token_ids
+        )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if mask.shape != input_ids.shape or bool((mask.long().diff(dim=-1) < 0).any()):
+            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)} and pad on the left only")
+        requests = []
+        for row, (ids, row_mask) in enumerate(zip(input_ids, mask.bool(), strict=True)):
+            params = SamplingParams(**{**vars(sampling), "seed": sampling.seed + row})
+            requests.append(Request(completion_id=str(row), prompt_ids=tuple(ids[row_mask].tolist()), sampling=params))
+        completions = self.run(requests)
+        pad = pad_token_id if pad_token_id is not None else self.policy.tokenizer.pad_token_id
+        width = max(len(completion.completion_ids) for completion in completions)
+        new = torch.full((len(completions), width), 0 if pad is None else pad, dtype=input_ids.dtype)
+        for row, completion in enumerate(completions):
+            new[row, : len(completion.completion_ids)] = torch.tensor(completion.completion_ids, dtype=input_ids.dtype)
+        return torch.cat((input_ids, new.to(input_ids.device)), dim=1)
+
+    def _check(self, request: Request) -> None:
+        name, length, wanted = request.completion_id, len(request.prompt_ids), request.sampling.max_new_tokens
+        context = self.policy.model.config.max_position_embeddings
+        if not length:
+            raise ValueError(f"request {name} has an empty prompt")
+        if wanted > self.max_new_tokens:
+            raise ValueError(f"request {name} asks for {wanted} new tokens, this engine allows {self.max_new_tokens}")
+        if length + wanted > context:
+            raise ValueError(f"request {name} needs {length} + {wanted} tokens, the model's context is {context}")
+        largest = self.policy.model.config.vocab_size
+        if not all(0 <= token < largest for token in request.prompt_ids):
+            raise ValueError(f"request {name} has a token id outside the vocabulary of {largest}")

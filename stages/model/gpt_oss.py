@@ -1,0 +1,90 @@
+"""transformers' GptOssForCausalLM with our attention and experts in it, its weights read straight from a checkpoint.
+
+The model is built empty and each tensor put in its place as it is read, so there is never a second copy. Attention is
+registered with transformers under the name `flexsink`, with a mask function that hands the padding mask on as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from stages.kernels.attention import sink_attention
+from stages.model.checkpoint import Checkpoint
+from stages.model.experts import DenseWeight, Experts, PackedWeight
+from stages.model.mxfp4 import Mxfp4, dequantize
+
+ATTENTION_NAME = "flexsink"
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")  # float32, as transformers
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None,
+    s_aux: Tensor,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, H, T, C] in, [B, T, H, C] out."""
+    out = sink_attention(
+        query, key, value, s_aux, scale=scaling, window=sliding_window, key_mask=attention_mask
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """The padding mask bool [B, L] itself: causality and windows are the attention's own business."""
+    return attention_mask
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
+
+
+def build(
+    checkpoint: Checkpoint, *, experts: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> GptOssForCausalLM:
+    """The checkpoint's model in eval mode; every parameter is frozen.
+
+    experts: "mxfp4" keeps the checkpoint's blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay dense
+    in both. Norms stay float32 in every dtype, as transformers keeps them.
+    """
+    config = checkpoint.config
+    config._attn_implementation = ATTENTION_NAME
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+    model.model.rotary_emb = GptOssRotaryEmbedding(config).to(device)  # its buffers are in no checkpoint
+    stacks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in checkpoint.tensors():
+        layer, _, part = name.partition(".mlp.experts.")
+        if part:
+            keep = tensor.dtype == torch.uint8
+            stacks.setdefault(layer, {})[part] = tensor.to(device) if keep else tensor.to(device, dtype)
+            continue
+        owner, _, attribute = name.rpartition(".")
+        wanted = torch.float32 if name.endswith(NORMS) else dtype
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, wanted), requires_grad=False))
+    for layer, parts in stacks.items():
+        weights = [_weight(parts, name, keep=experts == "mxfp4", dtype=dtype) for name in ("gate_up_proj", "down_proj")]
+        model.get_submodule(layer).mlp.experts = Experts(*weights, config=config)
+    remaining = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not remaining, f"never loaded: {remaining}"
+    return model.eval()
+
+
+def _weight(parts: dict[str, Tensor], name: str, *, keep: bool, dtype: torch.dtype) -> DenseWeight | PackedWeight:
+    bias = parts[f"{name}_bias"]
+    if name in parts:
+        return DenseWeight(parts[name], bias)
+    quantized = Mxfp4(parts[f"{name}_blocks"], parts[f"{name}_scales"])
+    if keep:
+        return PackedWeight(quantized, bias)
+    # dequantized as [E, out, in]; transformers and we multiply by [E, in, out]
+    return DenseWeight(dequantize(*quantized, dtype).mT.contiguous(), bias)

@@ -1,0 +1,189 @@
+"""The live policy: one copy of gpt-oss's weights with its adapter, which the engine samples from and the update trains.
+
+`live_policy` is how every stage gets it: the process's one Policy, moved to the version the stage works on.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stages.artifacts import StageContext, StageId, derive
+from stages.config import ModelConfig, UserError
+from stages.model import lora
+from stages.model.checkpoint import TORCH_DTYPES, Checkpoint, digests, locate
+from stages.model.gpt_oss import build
+
+if TYPE_CHECKING:
+    from transformers import GptOssForCausalLM, PreTrainedTokenizerBase
+
+# Two threads on every machine: sums split among another number of threads differ in their last bits, and a run must be able to
+# go on elsewhere with equal bytes. The tiny model gains nothing from more.
+CPU_THREADS = 2
+
+
+class Policy:
+    """gpt-oss with LoRA on attention and experts.
+
+    version counts the updates its adapter has had; 0 is untrained, and its deltas are exactly zero.
+    """
+
+    def __init__(
+        self,
+        model: "GptOssForCausalLM",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        lora_rank: int,
+        lora_alpha: float,
+        seed: int,
+        source: str,
+        checkpoint_digests: dict[str, str],
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.version = 0
+        self.source, self.checkpoint_digests = source, checkpoint_digests
+        self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
+        self._seed = derive("lora", seed)
+        self.device = model.lm_head.weight.device
+        self.dtype = model.lm_head.weight.dtype
+        lora.add_lora(model, rank=lora_rank, alpha=lora_alpha, dtype=torch.float32, seed=self._seed)
+
+    @classmethod
+    def load(cls, config: ModelConfig, *, lora_rank: int, lora_alpha: float, seed: int) -> "Policy":
+        """Reads and checks the checkpoint config.source names. Raises UserError naming what is wrong with it."""
+        from transformers import AutoTokenizer
+
+        folder = locate(config.source)
+        checkpoint = Checkpoint(folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(CPU_THREADS)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder} has no usable tokenizer: {reason}", "copy tokenizer.json beside the weights") from None
+        model = build(checkpoint, experts=config.experts, dtype=TORCH_DTYPES[config.dtype], device=device)
+        if config.dense == "nf4":
+            quantize_attention_to_nf4(model)
+        if config.offload_embedding:
+            model.model.embed_tokens.to("cpu")
+        return cls(
+            model,
+            tokenizer,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            seed=seed,
+            source=config.source,
+            checkpoint_digests=digests(folder),
+        )
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer: <|return|> and <|call|>; <|end|> only ends a message."""
+        return tuple(self.tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"]))
+
+    def render(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of the chat up to where the assistant answers, with little reasoning asked for."""
+        ids = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, reasoning_effort="low", tokenize=True, return_dict=False
+        )
+        return tuple(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a completion, harmony's markers included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] on the policy's device, wherever the embedding itself lives."""
+        embedding = self.model.model.embed_tokens
+        return embedding(ids.to(embedding.weight.device)).to(self.device)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that train: the adapter's."""
+        return lora.lora_parameters(self.model)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter in PEFT's layout."""
+        lora.save_adapter(self.model, folder, rank=self.lora_rank, alpha=self.lora_alpha, base=self.source)
+
+    def load_adapter(self, folder: Path, *, version: int) -> None:
+        """Makes the adapter in `folder` this policy's, as `version`."""
+        lora.load_adapter(self.model, folder)
+        self.version = version
+
+    def reset_adapter(self) -> None:
+        """Back to version 0: the adapter as it was drawn from the seed."""
+        lora.reset_lora(self.model, seed=self._seed)
+        self.version = 0
+
+    def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the policy is its base model: the reference of the KL term."""
+        return lora.adapter_disabled(self.model)
+
+    @contextlib.contextmanager
+    def fixed_shape_experts(self) -> Iterator[None]:
+        """Within it a row's bits do not depend on how many rows chose which expert (see kernels/experts.py)."""
+        stacks = [layer.mlp.experts for layer in self.model.model.layers]
+        for stack in stacks:
+            stack.fixed_shape = True
+        try:
+            yield
+        finally:
+            for stack in stacks:
+                stack.fixed_shape = False
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights, packed ones as packed, without the adapter."""
+        adapter = {id(parameter) for _, parameter in self.parameters()}
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(tensor.nbytes for tensor in tensors if id(tensor) not in adapter)
+
+
+def quantize_attention_to_nf4(model: "GptOssForCausalLM") -> None:
+    """Replaces the attention projections by bitsandbytes' NF4 layers (Dettmers et al. 2023); biases stay as they are."""
+    import bitsandbytes as bnb
+
+    for layer in model.model.layers:
+        for target in lora.ATTENTION_TARGETS:
+            dense = getattr(layer.self_attn, target)
+            packed = bnb.nn.Linear4bit(
+                dense.in_features, dense.out_features, compute_dtype=dense.weight.dtype, quant_type="nf4"
+            )
+            packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
+            packed.bias = dense.bias
+            setattr(layer.self_attn, target, packed.to(dense.weight.device))
+
+
+def open_policy(context: StageContext) -> Policy:
+    """The session's one Policy, built from the run's configuration when there is none yet; at whatever version it is."""
+    config = context.config
+    sizes = {"lora_rank": config.update.lora_rank, "lora_alpha": config.update.lora_alpha}
+    policy: Policy = context.session.get("policy", lambda: Policy.load(config.model, **sizes, seed=config.train.seed))
+    return policy
+
+
+def live_policy(context: StageContext, version: int) -> Policy:
+    """The session's one Policy at `version`: its adapter is read from the update before it when it is at another.
+
+    Raises UserError when the checkpoint is no longer the one that the run loaded.
+    """
+    policy = open_policy(context)
+    loaded = json.loads((context.input(StageId("load")) / "model.json").read_text())["files"]
+    found = policy.checkpoint_digests
+    changed = sorted(name for name in loaded.keys() | found.keys() if loaded.get(name) != found.get(name))
+    if changed:
+        raise UserError(
+            f"the checkpoint {policy.source} is not the one this run began with: {changed[0]} differs",
+            "restore it, or start a new run with --run-dir",
+        )
+    if policy.version != version:
+        if version == 0:
+            policy.reset_adapter()
+        else:
+            policy.load_adapter(context.input(StageId("update", version - 1)), version=version)
+    return policy

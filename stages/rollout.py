@@ -1,0 +1,93 @@
+"""rollout: the engine samples a group of completions for each prompt.
+
+    python -m stages.rollout --run-dir R --iteration 3
+
+Writes rollouts-*.parquet. Every finished completion is journalled at once, so a killed rollout goes on with what is missing,
+and since a completion's tokens depend on its own seed alone, the result is the same.
+"""
+
+import time
+from dataclasses import asdict
+
+from stages.artifacts import Journal, Progress, StageContext, derive
+from stages.artifacts.command import main as command_main
+from stages.artifacts.parquet import ROLLOUTS, write_parts
+from stages.engine import Completion, Engine, Request, SamplingParams
+from stages.model.policy import live_policy
+from stages.tasks import registry
+
+
+def run(context: StageContext) -> None:
+    """Samples P prompts x G completions of iteration `context.stage.index` with the policy of that version."""
+    config, iteration = context.config, context.stage.index
+    assert iteration is not None
+    policy = live_policy(context, iteration)
+    task = registry.get(config.task.name, config.task.option_values())
+    prompts = task.prompts(config.rollout.prompts, iteration, config.train.seed)
+    rows: dict[str, dict[str, object]] = {}
+    requests = []
+    for group, prompt in enumerate(prompts):
+        prompt_ids = policy.render(prompt.messages)
+        for sample in range(config.rollout.group_size):
+            completion_id = f"{iteration:05d}-{group:03d}-{sample:03d}"
+            sampling = SamplingParams(
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+                stop_token_ids=policy.stop_token_ids,
+                seed=derive("sample", config.train.seed, completion_id),
+            )
+            requests.append(Request(completion_id=completion_id, prompt_ids=prompt_ids, sampling=sampling))
+            rows[completion_id] = {
+                "completion_id": completion_id,
+                "prompt_id": prompt.prompt_id,
+                "group_index": group,
+                "sample_index": sample,
+                "iteration": iteration,
+                "policy_version": policy.version,
+                "task": task.name,
+                "prompt": policy.decode(prompt_ids),
+            }
+
+    journal = Journal(context.out / "completions.journal")
+    finished: dict[str, dict[str, object]] = {str(record["completion_id"]): record for record in journal.records()}
+    missing = [request for request in requests if request.completion_id not in finished]
+    num_tokens, started = 0, time.perf_counter()
+
+    def keep(completion: Completion) -> None:
+        record = asdict(completion)
+        journal.append(record)
+        finished[completion.completion_id] = record
+        report()
+
+    def count(sampled: int) -> None:
+        nonlocal num_tokens
+        num_tokens += sampled
+
+    def report() -> None:
+        rate = num_tokens / max(time.perf_counter() - started, 1e-9)
+        fields: dict[str, float | str] = {"tokens/s": round(rate)}
+        context.report(Progress(str(context.stage), len(finished), len(requests), "completions", fields))
+
+    report()
+    if missing:
+        engine = Engine(policy, max_slots=config.rollout.max_slots, max_new_tokens=config.rollout.max_new_tokens)
+        engine.run(missing, on_finished=keep, on_step=count)
+    seconds = time.perf_counter() - started
+    context.timings.append({"what": "sample", "seconds": seconds, "tokens_per_s": num_tokens / max(seconds, 1e-9)})
+
+    for completion_id, row in rows.items():
+        record = finished[completion_id]
+        ids = record["completion_ids"]
+        assert isinstance(ids, list | tuple)
+        row |= {name: record[name] for name in ("prompt_ids", "completion_ids", "engine_logprobs", "finish_reason", "seed")}
+        row |= {"completion": policy.decode(ids), "num_tokens": len(ids)}
+    write_parts(context.out, "rollouts", [rows[completion_id] for completion_id in sorted(rows)], ROLLOUTS)
+    journal.path.unlink()
+
+
+def main() -> None:
+    command_main("rollout", run)
+
+
+if __name__ == "__main__":
+    main()

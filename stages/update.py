@@ -1,0 +1,278 @@
+"""update: GRPO on the adapter, from the completions and rewards of one iteration.
+
+    python -m stages.update --run-dir R --iteration 3
+
+Writes the checkpoint (adapter in PEFT's layout, optimizer.safetensors, state.json: what the next update goes on from),
+metrics.parquet (one row an optimizer step) and samples.parquet (what each completion was trained with). The completions are
+dealt into `update.steps` batches; each is one optimizer step, its gradient accumulated over micro-batches.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stages.artifacts import Progress, StageContext, StageId, derive
+from stages.artifacts.command import main as command_main
+from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, SCORES, read_table, write_parts
+from stages.config import UpdateConfig, UserError
+from stages.grpo import LossMetrics, advantages, grpo_loss, kl_to_reference, learning_rate_at
+from stages.kernels.logprobs import token_logprobs
+from stages.model.policy import Policy, live_policy
+
+
+class Sample(NamedTuple):
+    """One completion as the update sees it."""
+
+    completion_id: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    engine_logprobs: list[float]
+    advantage: float
+
+
+class Logprobs(NamedTuple):
+    """Per completion token of a micro-batch, float32 [N, T], 0 off the completion."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def run(context: StageContext) -> None:
+    """Trains the policy of version `context.stage.index` one version on."""
+    config, iteration = context.config, context.stage.index
+    assert iteration is not None
+    update = config.update
+    policy = live_policy(context, iteration)
+    samples, group_rewards = read_samples(context, iteration)
+    optimizer = make_optimizer(policy, update)
+    step = 0
+    if iteration > 0:
+        step = restore_optimizer(context.input(StageId("update", iteration - 1)), policy, optimizer)
+
+    started = time.perf_counter()
+    temperature = config.rollout.temperature
+    batches = [
+        list(micro_batches([samples[i] for i in order], update.micro_batch))
+        for order in deal(len(samples), update.steps, seed=derive("deal", config.train.seed, iteration))
+    ]
+    old = [[score(policy, micro, temperature) for micro in batch] for batch in batches]
+    reference = None
+    if update.kl:
+        with policy.adapter_disabled():
+            reference = [[score(policy, micro, temperature).logprobs for micro in batch] for batch in batches]
+    context.timings.append({"what": "score", "seconds": time.perf_counter() - started})
+
+    started = time.perf_counter()
+    policy.version = -1  # neither this version nor the next until all is done: a retry in this process reads it back from disk
+    rows = []
+    for index, batch in enumerate(batches):
+        rate = learning_rate_at(
+            step, peak=update.learning_rate, warmup_steps=update.warmup_steps, schedule_steps=update.schedule_steps
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        total = LossMetrics()
+        for place, micro in enumerate(batch):
+            if not update.kl and all(sample.advantage == 0 for sample in micro):
+                continue  # no gradient can come of it
+            policy_logprobs = completion_logprobs(policy, micro, temperature).logprobs
+            loss, metrics = grpo_loss(
+                policy_logprobs,
+                old_logprobs=old[index][place].logprobs,
+                advantages=torch.tensor([sample.advantage for sample in micro], device=policy.device),
+                loss_mask=completion_mask(micro, policy.device),
+                num_completions=sum(len(micro) for micro in batch),
+                clip=update.clip,
+                kl=update.kl,
+                reference_logprobs=reference[index][place] if reference else None,
+            )
+            loss.backward()
+            total = total + metrics
+        parameters = [parameter for _, parameter in policy.parameters()]
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm))
+        if not torch.isfinite(torch.tensor(grad_norm)):
+            raise UserError(
+                f"the gradient of iteration {iteration}, step {index} is not finite",
+                "lower update.learning_rate, or use model.dtype=float32 or bfloat16; the last good checkpoint is kept",
+            )
+        if total.tokens:
+            optimizer.step()
+        entropy, engine = agreement(batch, old[index])
+        rows.append(
+            {
+                "iteration": iteration,
+                "step": step,
+                "learning_rate": rate,
+                **total.means(),
+                **engine,
+                "entropy": entropy,
+                "grad_norm": grad_norm,
+                "zero_signal_groups": sum(1 for rewards in group_rewards if max(rewards) - min(rewards) < 1e-9),
+                "tokens": total.tokens,
+            }
+        )
+        step += 1
+        fields: dict[str, float | str] = {"loss": round(rows[-1]["loss"], 4), "grad": round(grad_norm, 3)}
+        context.report(Progress(str(context.stage), index + 1, len(batches), "steps", fields))
+    seconds = time.perf_counter() - started
+    tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
+    context.timings.append({"what": "train", "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9)})
+
+    policy.version = iteration + 1
+    policy.save_adapter(context.out)
+    save_optimizer(context, policy, optimizer, step)
+    write_parts(context.out, "metrics", rows, METRICS)
+    write_parts(context.out, "samples", sample_rows(batches, old, reference), SAMPLES)
+
+
+def read_samples(context: StageContext, iteration: int) -> tuple[list[Sample], list[list[float]]]:
+    """The iteration's completions in completion_id order, with advantages; and the rewards of each group."""
+    rollouts = read_table(context.input(StageId("rollout", iteration)), "rollouts", ROLLOUTS).to_pylist()
+    scores = read_table(context.input(StageId("score", iteration)), "scores", SCORES).select(["completion_id", "reward"])
+    reward_of = {row["completion_id"]: row["reward"] for row in scores.to_pylist()}
+    rollouts.sort(key=lambda row: row["completion_id"])
+    groups: dict[int, list[float]] = {}
+    for row in rollouts:
+        groups.setdefault(row["group_index"], []).append(reward_of[row["completion_id"]])
+    group_rewards = list(groups.values())
+    flat = advantages(torch.tensor(group_rewards, dtype=torch.float64)).flatten().tolist()
+    samples = [
+        Sample(row["completion_id"], row["prompt_ids"], row["completion_ids"], row["engine_logprobs"], advantage)
+        for row, advantage in zip(rollouts, flat, strict=True)
+    ]
+    return samples, group_rewards
+
+
+def deal(count: int, steps: int, *, seed: int) -> list[list[int]]:
+    """Indices 0..count-1, shuffled by `seed`, dealt into `steps` batches whose sizes differ by at most one."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[start::steps] for start in range(min(steps, count))]
+
+
+def micro_batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
+    """`samples` from the shortest to the longest, `size` at a time, so that padding is small."""
+    ordered = sorted(samples, key=lambda s: (len(s.prompt_ids) + len(s.completion_ids), s.completion_id))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def completion_mask(micro: list[Sample], device: torch.device) -> Tensor:
+    """True on the completion's tokens, bool [N, T] of the longest completion's length."""
+    lengths = torch.tensor([len(sample.completion_ids) for sample in micro], device=device)
+    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+
+
+def completion_logprobs(policy: Policy, micro: list[Sample], temperature: float) -> Logprobs:
+    """The policy's own view of a micro-batch's completions, with gradients.
+
+    Rows are padded on the right, where a causal model never looks; only the positions that predict a completion's token
+    reach the unembedding.
+    """
+    device = policy.device
+    lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in micro]
+    ids = torch.zeros(len(micro), max(lengths), dtype=torch.int64)
+    for row, sample in enumerate(micro):
+        ids[row, : lengths[row]] = torch.tensor(sample.prompt_ids + sample.completion_ids)
+    positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
+    hidden = policy.model.model(
+        inputs_embeds=policy.embed(ids.to(device)), position_ids=positions, use_cache=False
+    ).last_hidden_state
+    mask = completion_mask(micro, device)
+    rows, tokens = torch.where(mask)
+    starts = torch.tensor([len(sample.prompt_ids) for sample in micro], device=device)
+    predicting = hidden[rows, starts[rows] + tokens - 1]
+    targets = torch.tensor([token for sample in micro for token in sample.completion_ids], device=device)
+    logprobs, entropy = token_logprobs(predicting, policy.model.lm_head.weight, targets, temperature=temperature)
+    blank = torch.zeros(mask.shape, dtype=torch.float32, device=device)
+    return Logprobs(blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropy))
+
+
+@torch.no_grad()
+def score(policy: Policy, micro: list[Sample], temperature: float) -> Logprobs:
+    """`completion_logprobs` without gradients; the same shapes, so on the CPU the same bits."""
+    return completion_logprobs(policy, micro, temperature)
+
+
+def agreement(batch: list[list[Sample]], old: list[Logprobs]) -> tuple[float, dict[str, float]]:
+    """Mean entropy in nats, and how far the engine's log-probabilities lie from the trainer's, over a batch's tokens."""
+    entropy, mean, largest, k3, tokens = 0.0, 0.0, 0.0, 0.0, 0
+    for micro, (logprobs, token_entropy) in zip(batch, old, strict=True):
+        mask = completion_mask(micro, logprobs.device)
+        engine = torch.tensor([x for sample in micro for x in sample.engine_logprobs], device=logprobs.device)
+        difference = (logprobs[mask] - engine).abs()
+        entropy += float(token_entropy[mask].sum())
+        mean += float(difference.sum())
+        largest = max(largest, float(difference.max()))
+        k3 += float(kl_to_reference(engine, logprobs[mask]).sum())
+        tokens += int(mask.sum())
+    figures = {"engine_difference_mean": mean / tokens, "engine_difference_max": largest, "engine_kl": k3 / tokens}
+    return entropy / tokens, figures
+
+
+def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.AdamW:
+    """AdamW over the adapter."""
+    parameters = [parameter for _, parameter in policy.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return torch.optim.AdamW(parameters, lr=update.learning_rate, weight_decay=update.weight_decay, foreach=False)
+
+
+def save_optimizer(context: StageContext, policy: Policy, optimizer: torch.optim.AdamW, step: int) -> None:
+    """Writes AdamW's moments and torch's random state beside the adapter, and in state.json what they belong to."""
+    tensors = {"rng": torch.get_rng_state()}
+    for name, parameter in policy.parameters():
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            if parameter in optimizer.state:
+                tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].detach().cpu().contiguous()
+    save_file(tensors, context.out / "optimizer.safetensors")
+    state = {"policy_version": policy.version, "optimizer_steps": step}
+    (context.out / "state.json").write_text(json.dumps(state, sort_keys=True) + "\n")
+
+
+def restore_optimizer(folder: Any, policy: Policy, optimizer: torch.optim.AdamW) -> int:
+    """Puts back what `save_optimizer` wrote; returns how many optimizer steps there have been."""
+    tensors = load_file(folder / "optimizer.safetensors")
+    torch.set_rng_state(tensors["rng"])
+    for name, parameter in policy.parameters():
+        if f"{name}.step" in tensors:
+            moments = {moment: tensors[f"{name}.{moment}"] for moment in ("exp_avg", "exp_avg_sq", "step")}
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+            }
+    return int(json.loads((folder / "state.json").read_text())["optimizer_steps"])
+
+
+def sample_rows(
+    batches: list[list[list[Sample]]], old: list[list[Logprobs]], reference: list[list[Tensor]] | None
+) -> list[dict[str, Any]]:
+    """What each completion was trained with, in completion_id order."""
+    rows = []
+    for index, batch in enumerate(batches):
+        for place, micro in enumerate(batch):
+            for row, sample in enumerate(micro):
+                length = len(sample.completion_ids)
+                of_reference = reference[index][place][row, :length].tolist() if reference else None
+                rows.append(
+                    {
+                        "completion_id": sample.completion_id,
+                        "advantage": sample.advantage,
+                        "loss_mask": [True] * length,
+                        "policy_logprobs": old[index][place].logprobs[row, :length].tolist(),
+                        "reference_logprobs": of_reference,
+                    }
+                )
+    return sorted(rows, key=lambda row: row["completion_id"])
+
+
+def main() -> None:
+    command_main("update", run)
+
+
+if __name__ == "__main__":
+    main()
