@@ -3,6 +3,9 @@
 import contextlib
 import os
 import struct
+from concurrent.futures import Future
+
+from stages.sandbox.protocol import Outcome, Result
 
 
 class Ended(Exception):
@@ -74,3 +77,31 @@ def judge(harness, program, cases):
     """Returns what the harness's judge makes of the program."""
     with program_process(harness, program) as ask:
         return harness["judge"](cases, ask)
+
+
+class PipePool:
+    """A pool whose jobs run at once behind pipes; `jobs` are those it was given, `fail_after` the number it can do."""
+
+    def __init__(self, harness_source, *, fail_after=None):
+        self.harness = {"__name__": "harness"}
+        exec(compile(harness_source, "<harness>", "exec"), self.harness)
+        self.jobs = []
+        self.fail_after = fail_after
+
+    def submit(self, job):
+        future = Future()
+        if self.fail_after is not None and len(self.jobs) >= self.fail_after:
+            future.set_exception(RuntimeError("the sandbox broke"))
+            return future
+        self.jobs.append(job)
+        outcome, cases = Outcome.ok, ()
+        try:
+            compile(job.program, "<program>", "exec")
+        except SyntaxError:
+            outcome = Outcome.syntax_error
+        else:
+            cases = tuple(judge(self.harness, job.program, job.cases))
+            if "raise" in job.program:
+                outcome = Outcome.crash
+        future.set_result(Result(job_id=job.job_id, outcome=outcome, detail="", cases=cases, cpu_s=0.0, wall_s=0.0))
+        return future

@@ -1,0 +1,76 @@
+"""score: runs the program of every completion in a sandbox and writes its rewards.
+
+    python -m stages.score --run-dir R --iteration 3
+
+Reads the rollout's parts; writes scores-*.parquet in completion_id order, one column for each reward function beside
+their sum. All completions of a group meet the same hidden seeds. Every verdict is journalled at once and never made
+again. A sandbox that fails is an exception, so it is never taken for a program that failed.
+"""
+
+import time
+
+from stages.artifacts import StageContext, StageId
+from stages.artifacts.command import main as command_main
+from stages.artifacts.parquet import ROLLOUTS, read_table, scores_schema, write_parts
+from stages.tasks import judging, registry
+from stages.tasks.base import Score
+from stages.tasks.judging import Attempt
+
+
+def run(context: StageContext) -> None:
+    """Judges the completions of iteration `context.stage.index`."""
+    config, iteration = context.config, context.stage.index
+    assert iteration is not None
+    task = registry.get(config.task.name, config.task.option_values())
+    columns = ["completion_id", "group_index", "completion"]
+    folder = context.input(StageId("rollout", iteration))
+    rollouts = read_table(folder, "rollouts", ROLLOUTS, columns=columns).to_pylist()
+    seeds = {
+        group: tuple(task.training_seeds(config.train.seed, iteration, group))
+        for group in sorted({row["group_index"] for row in rollouts})
+    }
+    attempts = [
+        Attempt(row["completion_id"], task.extract(row["completion"]), seeds[row["group_index"]]) for row in rollouts
+    ]
+
+    journal = context.journal("verdicts")
+    scores = {record["completion_id"]: judging.from_record(record) for record in journal.records()}
+
+    def keep(attempt: Attempt, score: Score) -> None:
+        journal.append({"completion_id": attempt.attempt_id, **judging.to_record(score)})
+        scores[attempt.attempt_id] = score
+        report()
+
+    def report() -> None:
+        mean = sum(score.reward for score in scores.values()) / max(len(scores), 1)
+        context.progress(len(scores), len(attempts), "completions", **{"mean reward": round(mean, 3)})
+
+    report()
+    started, num_judged = time.perf_counter(), len(scores)
+    missing = [attempt for attempt in attempts if attempt.attempt_id not in scores]
+    if missing:
+        pool = judging.sandbox_of(context, task)
+        judging.judge(missing, task=task, pool=pool, limits=judging.limits_of(config.sandbox), on_score=keep)
+    context.timings.append({"what": f"judge {len(scores) - num_judged}", "seconds": time.perf_counter() - started})
+
+    rows = [
+        {
+            "completion_id": attempt.attempt_id,
+            "outcome": str(scores[attempt.attempt_id].outcome),
+            "reward": scores[attempt.attempt_id].reward,
+            **{f"reward_{name}": scores[attempt.attempt_id].rewards[name] for name in task.reward_names},
+            "program": attempt.program,
+            "games": scores[attempt.attempt_id].games,
+            "detail": scores[attempt.attempt_id].detail,
+        }
+        for attempt in sorted(attempts)
+    ]
+    write_parts(context.out, "scores", rows, scores_schema(task.reward_names))
+
+
+def main() -> None:
+    command_main("score", run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Many programs judged in the sandbox: what score, evaluate and export share.
+
+A program is judged once for each list of seeds it meets, however many completions hold it: its verdict would be the
+same. What the sandbox itself could not do is an exception here, never a score.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, NamedTuple
+
+from stages.artifacts import StageContext
+from stages.config import SandboxConfig, UserError
+from stages.sandbox import Limits, Outcome, Result, SandboxPool, open_pool
+from stages.tasks.base import Score, Task
+
+
+class Attempt(NamedTuple):
+    """A program to be judged on seeds; None where a completion holds no program.
+
+    Example: Attempt("00003-002-005", "def strategy(board): ...", (4, 18, 6, 2))
+    """
+
+    attempt_id: str
+    program: str | None
+    seeds: tuple[int, ...]
+
+
+def limits_of(config: SandboxConfig) -> Limits:
+    """Returns the limits of one job.
+
+    The wall clock is a net far behind the CPU's: a verdict must not depend on how busy the machine is.
+    """
+    wall_s = min(7200.0, 60.0 + 20 * config.cpu_s)
+    try:
+        return Limits(cpu_s=config.cpu_s, wall_s=wall_s, memory_bytes=config.memory_bytes)
+    except ValueError as error:
+        raise UserError(str(error), "change sandbox.cpu_s or sandbox.memory_bytes") from None
+
+
+def sandbox_of(context: StageContext, task: Task) -> SandboxPool:
+    """Returns the session's pool of sandboxes, opened when first asked for."""
+    return context.session.get(
+        "sandbox",
+        lambda: open_pool(
+            context.config.sandbox, harnesses={task.name: task.harness_source()}, labels=context.run.labels()
+        ),
+    )
+
+
+def judge(
+    attempts: Sequence[Attempt],
+    *,
+    task: Task,
+    pool: SandboxPool,
+    limits: Limits,
+    on_score: Callable[[Attempt, Score], None] | None = None,
+) -> list[Score]:
+    """Returns the scores of the attempts in their order; `on_score` hears of each at once, on the caller's thread.
+
+    Errors: SandboxError when the sandbox failed repeatedly; attempts already heard of stand.
+    """
+    scores: dict[str, Score] = {}
+
+    def settle(same: Sequence[Attempt], result: Result | None) -> None:
+        for attempt in same:
+            scores[attempt.attempt_id] = score = task.score(result)
+            if on_score is not None:
+                on_score(attempt, score)
+
+    alike: dict[tuple[str, tuple[int, ...]], list[Attempt]] = {}
+    for attempt in attempts:
+        if attempt.program is None:
+            settle([attempt], None)
+        else:
+            alike.setdefault((attempt.program, attempt.seeds), []).append(attempt)
+    running: dict[Future[Result], list[Attempt]] = {}
+    try:
+        for (program, seeds), same in alike.items():
+            running[pool.submit(task.job(same[0].attempt_id, program, seeds, limits))] = same
+        while running:
+            failures = []
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                same = running.pop(future)
+                failure = future.exception()
+                if failure is None:
+                    settle(same, future.result())
+                else:
+                    failures.append(failure)
+            if failures:
+                raise failures[0]
+    finally:
+        for future in running:
+            future.cancel()
+    return [scores[attempt.attempt_id] for attempt in attempts]
+
+
+def held_out(programs: Sequence[tuple[str, str | None]], *, task: Task, games: int) -> list[Attempt]:
+    """Returns attempts for (id, program) pairs: the n-th program meets the same `games` seeds in every evaluation.
+
+    No two programs share a seed, so that an interval over programs holds the luck of the games too.
+    """
+    seeds = task.held_out_seeds(len(programs) * games)
+    return [
+        Attempt(name, program, tuple(seeds[index * games : (index + 1) * games]))
+        for index, (name, program) in enumerate(programs)
+    ]
+
+
+def play_held_out(
+    programs: Sequence[str | None], *, task: Task, pool: SandboxPool, limits: Limits, games: int
+) -> list[Score]:
+    """Returns the scores of programs on seeds that no training uses, `games` each."""
+    named = [(f"held-out-{index:05d}", program) for index, program in enumerate(programs)]
+    return judge(held_out(named, task=task, games=games), task=task, pool=pool, limits=limits)
+
+
+def to_record(score: Score) -> dict[str, Any]:
+    """Returns the score as a journal keeps it."""
+    return {
+        "outcome": str(score.outcome),
+        "rewards": dict(score.rewards),
+        "games": [dict(game) for game in score.games],
+        "detail": score.detail,
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> Score:
+    """Returns the score that to_record() wrote."""
+    return Score(Outcome(record["outcome"]), record["rewards"], record["games"], record["detail"])
