@@ -166,6 +166,8 @@ def tile_bars(shares: dict[int, float], tiles: Sequence[int], *, width: int, pea
 
 def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
     """Round numbers that cover low..high in about `count` steps of 1, 2, 2.5 or 5 times a power of ten."""
+    if low == high == 0:
+        high = 1.0
     if not high > low:
         margin = abs(high) * 0.1 or 1.0
         low, high = low - margin, high + margin

@@ -1,6 +1,7 @@
 """What a report shows, as plain records: collect.py fills them from a run, the sections draw them, tests make them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from stages.artifacts.history import Iteration, PlayedGame
 from stages.report.replay import Replay
@@ -54,12 +55,17 @@ class Game:
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of one kind of work over the whole run; peak_bytes is 0 where nobody measured it."""
+    """Time of one kind of stage over the whole run.
+
+    parts: what the stage itself timed, in seconds; they need not add up to `seconds`
+    peak_bytes, tokens_per_s: 0 where nobody measured them
+    """
 
     stage: str
-    what: str
     seconds: float
+    parts: dict[str, float]
     peak_bytes: int
+    tokens_per_s: float
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,8 @@ class Contents:
     worst: list[Program] = field(default_factory=list)
     games: list[Game] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
-    speeds: dict[str, float] = field(default_factory=dict)
-    config: dict[str, object] = field(default_factory=dict)
-    environment: dict[str, object] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def before(self) -> Player | None:

@@ -180,6 +180,6 @@ PLAYER = (
     + _button("last", "Last move", "M3 3v12l8.5-6zM12.5 3H15v12h-2.5z")
     + '<select id="speed" aria-label="Speed"><option value="3">3 moves/s</option><option value="8" selected>8 moves/s'
     '</option><option value="30">30 moves/s</option><option value="90">90 moves/s</option></select></div>'
-    '<p class="hint">Space plays and pauses, arrow keys step, Home and End jump.</p>'
+    '<p class="hint">Space plays, arrow keys step, Home and End jump.</p>'
     '<p id="said" role="status" class="hint"></p></div>'
 )

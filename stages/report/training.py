@@ -6,7 +6,6 @@ A section with nothing to show is an empty string. Every text that a model or a 
 import json
 from collections.abc import Iterable
 from html import escape
-from itertools import groupby
 
 from stages.artifacts.history import Iteration
 from stages.report.charts import Curve, line_chart, stacked_bars
@@ -41,7 +40,7 @@ def learning(contents: Contents) -> str:
     label = f"Mean reward per iteration, from {number(rows[0].reward)} to {number(rows[-1].reward)}"
     return section(
         "The reward over training",
-        "Mean over the completions of an iteration; the band holds the middle 80&nbsp;% of them.",
+        "Mean over the completions of an iteration; the band holds the middle half of them.",
         card(in_widths(lambda w: line_chart(curve, width=w, height=300 if w > 400 else 230, label=label))),
     )
 
@@ -78,7 +77,7 @@ def inside(contents: Contents) -> str:
     tokens = Curve("tokens", [r.tokens for r in rows], [r.tokens_low for r in rows], [r.tokens_high for r in rows])
     silent = Curve("silent", [row.silent_groups / max(row.groups, 1) for row in rows])
     charts = [
-        ("Completion length", "Tokens; the band holds the middle 80&nbsp;%.", tokens),
+        ("Completion length", "Tokens; the band holds the middle half.", tokens),
         ("Entropy", "Nats per token: how undecided the policy is.", metric("entropy")),
         ("KL", "To the policy without its adapter, in nats per token.", metric("kl")),
         ("Clip fraction", "Share of tokens whose ratio was clipped.", metric("clip_fraction")),
@@ -104,14 +103,14 @@ def timings(contents: Contents) -> str:
     total = sum(cost.seconds for cost in contents.costs)
     if not total:
         return ""
-    stages = {stage: list(costs) for stage, costs in groupby(contents.costs, key=lambda cost: cost.stage)}
-    sums = {stage: sum(cost.seconds for cost in costs) for stage, costs in stages.items()}
-    told = "Time by stage: " + ", ".join(f"{stage} {percent(seconds, total)}" for stage, seconds in sums.items())
+    shares = {cost.stage: percent(cost.seconds, total) for cost in contents.costs}
+    told = "Time by stage: " + ", ".join(f"{stage} {share}" for stage, share in shares.items())
     bar = "".join(
-        f'<i class="spent-{stage}" style="flex:{seconds / total:.5f}" title="{stage} {percent(seconds, total)}"></i>'
-        for stage, seconds in sums.items()
+        f'<i class="spent-{cost.stage}" style="flex:{cost.seconds / total:.5f}" '
+        f'title="{cost.stage} {shares[cost.stage]}"></i>'
+        for cost in contents.costs
     )
-    rows = [row for stage, costs in stages.items() for row in _costs(stage, costs, total, contents.speeds.get(stage))]
+    rows = [row for cost in contents.costs for row in _costs(cost, total)]
     return section(
         "Where the time went",
         f"{duration(total)} in stages, all iterations together.",
@@ -168,17 +167,16 @@ def _tile(title: str, first: str, last: str, note: str) -> str:
     return card(f'<div>{start}<span class="to">{last}</span></div><p class="note">{note}</p>', title=title)
 
 
-def _costs(stage: str, costs: list[Cost], total: float, speed: float | None) -> Iterable[str]:
-    seconds = sum(cost.seconds for cost in costs)
-    peak = size(max(cost.peak_bytes for cost in costs))
+def _costs(cost: Cost, total: float) -> Iterable[str]:
+    speed = number(cost.tokens_per_s) if cost.tokens_per_s else ""
     yield (
-        f'<tr><th scope="row"><i class="swatch spent-{stage}"></i>{stage}</th><td>{duration(seconds)}</td>'
-        f"<td>{percent(seconds, total)}</td><td>{number(speed) if speed else ''}</td><td>{peak}</td></tr>"
+        f'<tr><th scope="row"><i class="swatch spent-{cost.stage}"></i>{cost.stage}</th>'
+        f"<td>{duration(cost.seconds)}</td><td>{percent(cost.seconds, total)}</td><td>{speed}</td><td>{size(cost.peak_bytes)}</td></tr>"
     )
-    for cost in costs if len(costs) > 1 else []:
-        cells = (duration(cost.seconds), percent(cost.seconds, total), "", "")
+    for what, seconds in cost.parts.items():
+        cells = (duration(seconds), percent(seconds, total), "", "")
         yield (
-            f'<tr><td class="text"><small>&emsp;{escape(cost.what)}</small></td>'
+            f'<tr><td class="text"><small>&emsp;{escape(what)}</small></td>'
             + "".join(f"<td><small>{cell}</small></td>" for cell in cells)
             + "</tr>"
         )

@@ -1,0 +1,171 @@
+"""A run's files to the Contents of its report. Reads figures of every completion, but texts of the few it shows."""
+
+import heapq
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts import history
+from stages.artifacts.history import PlayedGame
+from stages.artifacts.parquet import EVALUATIONS, read_table
+from stages.artifacts.run import RunDir
+from stages.artifacts.stage import StageId
+from stages.config import RunConfig
+from stages.report.contents import Contents, Cost, Game, Player, Program
+from stages.report.replay import ReplayError, replay
+from stages.tasks.game2048.task import Options
+
+SHOWN = 3  # programs in each column of the gallery
+LOOKED_AT = 24  # completions at either end of the rewards whose texts are read to find SHOWN different programs
+
+
+def collect(path: Path) -> Contents:
+    """Everything the page shows; a run that is still going gives what it has. UserError when `path` holds no run."""
+    run = RunDir.open(path)
+    config = run.config()
+    done = history.scored(run)
+    summaries = history.evaluated(run)
+    best, worst = _programs(run, done)
+    return Contents(
+        name=path.resolve().name,
+        task=_task(config),
+        model=config.model.source,
+        preset=f"preset {config.preset}",
+        planned_iterations=config.train.iterations,
+        iterations=[history.summed_up(run, i) for i in done],
+        policies=[_player(row, updates) for updates, rows in summaries.items() for row in _of(rows, "policy")],
+        baselines=[_player(row, None) for row in _of(summaries[max(summaries)], "baseline")] if summaries else [],
+        best=best,
+        worst=worst,
+        games=_games(run, config, sorted(summaries)) if config.task.name == "game2048" else [],
+        costs=_costs(run),
+        config=config.to_dict(),
+        environment=run.environment(),
+    )
+
+
+def _task(config: RunConfig) -> str:
+    if config.task.name != "game2048":
+        return config.task.name
+    options = _options(config)
+    return f"2048 on a {options.size}x{options.size} board, up to {options.target}"
+
+
+def _options(config: RunConfig) -> Options:
+    return Options(**{name: int(value) for name, value in config.task.options})
+
+
+def _of(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def _player(row: dict[str, Any], updates: int | None) -> Player:
+    label = row["name"].replace("_", " ") if updates is None else f"after {updates} updates" if updates else "untrained"
+    return Player(
+        label=label,
+        updates=updates,
+        programs=row["programs"],
+        distinct_programs=row["distinct_programs"],
+        games=row["games"],
+        score=row["mean_score"],
+        score_low=row["mean_score_low"],
+        score_high=row["mean_score_high"],
+        win_rate=row["win_rate"],
+        win_rate_low=row["win_rate_low"],
+        win_rate_high=row["win_rate_high"],
+        tiles={entry["tile"]: entry["games"] for entry in row["tiles"] or []},
+    )
+
+
+def _programs(run: RunDir, done: list[int]) -> tuple[list[Program], list[Program]]:
+    """The best different programs of the run, and the worst, each of another outcome where there are enough."""
+    high: list[tuple[float, str]] = []
+    low: dict[str, list[tuple[float, str]]] = {}
+    for i in done:
+        table = history.completions(run, i, ["reward", "outcome"])
+        columns = (table[name].to_pylist() for name in ("completion_id", "reward", "outcome"))
+        for completion_id, reward, outcome in zip(*columns, strict=True):
+            _keep(high, (reward, completion_id))
+            _keep(low.setdefault(outcome, []), (-reward, completion_id))
+    rows = history.texts(run, {name for kept in (high, *low.values()) for _, name in kept})
+    best: dict[str | None, Program] = {}
+    for _, name in sorted(high, reverse=True):
+        best.setdefault(rows[name]["program"], _program(rows[name]))
+    shown = list(best.values())[:SHOWN]
+    lowest = sorted((max(kept) for kept in low.values()), reverse=True)
+    known = {program.completion_id for program in shown}
+    worst = [_program(rows[name]) for _, name in lowest if name not in known and rows[name]["outcome"] != "ok"]
+    return shown, worst[:SHOWN]
+
+
+def _keep(kept: list[tuple[float, str]], entry: tuple[float, str]) -> None:
+    heapq.heappush(kept, entry) if len(kept) < LOOKED_AT else heapq.heappushpop(kept, entry)
+
+
+def _program(row: dict[str, Any]) -> Program:
+    return Program(
+        completion_id=row["completion_id"],
+        reward=row["reward"],
+        rewards=history.rewards(row),
+        outcome=row["outcome"],
+        detail=row["detail"] or "",
+        source=row["program"],
+        games=history.games(row),
+    )
+
+
+def _games(run: RunDir, config: RunConfig, evaluations: list[int]) -> list[Game]:
+    """The games to replay: the best and the median of the trained model, the best of the untrained."""
+    shown = []
+    for updates in dict.fromkeys(reversed([*evaluations[:1], *evaluations[-1:]])):
+        table = read_table(run.folder(StageId("evaluate", updates)), "evaluations", EVALUATIONS)
+        played = [
+            (game, row)
+            for row in _of(table.select(["kind", "completion_id", "program", "games"]).to_pylist(), "policy")
+            for game in history.games(row)
+            if game.letters
+        ]
+        played.sort(key=lambda entry: (entry[0].score, entry[0].seed))
+        who = f"After {updates} updates" if updates else "Untrained"
+        if played:
+            shown.append((f"{who}: its best held-out game", *played[-1]))
+        if played and updates:
+            shown.append((f"{who}: a median held-out game", *played[len(played) // 2]))
+    return [game for title, record, row in shown if (game := _game(title, record, row, config))]
+
+
+def _game(title: str, record: PlayedGame, row: dict[str, Any], config: RunConfig) -> Game | None:
+    options = _options(config)
+    try:
+        recorded = replay(record, size=options.size, target=options.target)
+    except ReplayError:
+        return None  # played under rules that have changed since: the page leaves it out rather than show another game
+    return Game(title=title, completion_id=row["completion_id"] or "", replay=recorded, program=row["program"] or "")
+
+
+def _costs(run: RunDir) -> list[Cost]:
+    """Durations summed over iterations, stage by stage in the order of a run."""
+    seconds: dict[str, dict[str, float]] = {}
+    peaks: dict[str, int] = {}
+    spoken: dict[str, list[tuple[int, float]]] = {}
+    for stage, rows in history.timings(run):
+        for row in rows:
+            parts = seconds.setdefault(stage.name, {})
+            parts[row["what"]] = parts.get(row["what"], 0.0) + (row["seconds"] or 0.0)
+            peaks[stage.name] = max(peaks.get(stage.name, 0), row["peak_bytes"] or 0)
+            if row["num_tokens"] and row["seconds"]:
+                spoken.setdefault(row["what"] + "\0" + stage.name, []).append((row["num_tokens"], row["seconds"]))
+    speeds: dict[str, float] = {}
+    for name, measured in spoken.items():
+        stage_name = name.split("\0")[1]
+        speed = sum(tokens for tokens, _ in measured) / sum(taken for _, taken in measured)
+        speeds[stage_name] = max(speeds.get(stage_name, 0.0), speed)
+    return [
+        Cost(
+            stage=name,
+            seconds=parts.get("stage", 0.0),
+            parts={what: taken for what, taken in parts.items() if what != "stage"},
+            peak_bytes=peaks[name],
+            tokens_per_s=speeds.get(name, 0.0),
+        )
+        for name, parts in seconds.items()
+    ]
