@@ -169,9 +169,11 @@ def _tile(title: str, first: str, last: str, note: str) -> str:
 
 def _costs(cost: Cost, total: float) -> Iterable[str]:
     speed = number(cost.tokens_per_s) if cost.tokens_per_s else ""
+    cells = (duration(cost.seconds), percent(cost.seconds, total), speed, size(cost.peak_bytes))
     yield (
         f'<tr><th scope="row"><i class="swatch spent-{cost.stage}"></i>{cost.stage}</th>'
-        f"<td>{duration(cost.seconds)}</td><td>{percent(cost.seconds, total)}</td><td>{speed}</td><td>{size(cost.peak_bytes)}</td></tr>"
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>"
     )
     for what, seconds in cost.parts.items():
         cells = (duration(seconds), percent(seconds, total), "", "")

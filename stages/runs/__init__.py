@@ -15,7 +15,7 @@ def add_inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--completion", metavar="ID", help="one completion whole, for example 00003-002-005")
     parser.add_argument("--top", type=_count, metavar="K", help="show the K best completions (3 when filtering)")
     parser.add_argument("--worst", action="store_true", help="show the worst completions instead of the best")
-    parser.add_argument("--outcome", metavar="NAME", help="only completions that ended so, for example cheat or timeout")
+    parser.add_argument("--outcome", metavar="NAME", help="only completions that ended so, such as cheat")
     parser.add_argument("--min-reward", type=float, metavar="X", help="only completions with at least this reward")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
@@ -29,8 +29,14 @@ def inspect(args: Namespace) -> int:
 
 def add_runs_arguments(parser: ArgumentParser) -> None:
     """Declare what `flexsink runs` takes."""
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("data/runs"), metavar="FOLDER",
-                        help="where the runs are (data/runs)")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("data/runs"),
+        metavar="FOLDER",
+        help="where the runs are (data/runs)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -1,0 +1,210 @@
+"""Tables and panels for the terminal. Records in, printed text out.
+
+What a model wrote is printed as plain text with its control characters made visible: a completion can neither colour
+nor move the terminal's cursor, nor use rich's markup.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from stages.artifacts.run import RunDir
+
+WIDE = 130  # columns where the output is no terminal
+LONGEST = 60  # lines of a program shown in a list; --completion shows all
+
+
+def console() -> Console:
+    """Where tables go; wide when nobody watches."""
+    output = Console(highlight=False)
+    return output if output.is_terminal else Console(highlight=False, width=WIDE)
+
+
+def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
+    """The overview, or one iteration, or the completions that were asked for."""
+    out = console()
+    if "iterations" in answer:
+        config = run.config()
+        done = f"{len(answer['iterations'])} of {config.train.iterations} iterations scored"
+        out.print(Text.assemble((str(run.path), "bold"), f"  {config.task.name}, preset {config.preset}, {done}"))
+        if answer["iterations"]:
+            out.print(iterations(answer["iterations"], width=out.width))
+        if answer["evaluations"]:
+            out.print(evaluations(answer["evaluations"]))
+        if not answer["iterations"] and not answer["evaluations"]:
+            out.print(f"Nothing has been scored yet; go on with: flexsink resume {run.path}")
+    if "iteration" in answer:
+        out.print(iterations([answer["iteration"]], width=out.width))
+        out.print(groups(answer["groups"]))
+    if "completions" in answer:
+        for row in answer["completions"]:
+            print_completion(row, whole=False, out=out)
+        if not answer["completions"]:
+            out.print("No completion matches.")
+
+
+def print_completion(row: dict[str, Any], *, whole: bool, out: Console | None = None) -> None:
+    """One completion: its verdict, program and games; the prompt and the raw text too when `whole`."""
+    parts: list[RenderableType] = [facts(row, whole=whole)]
+    if whole:
+        if row.get("prompt"):
+            parts += [Rule("prompt", style="dim"), Text(printable(row["prompt"]))]
+        if row.get("completion"):
+            parts += [Rule("completion", style="dim"), Text(printable(row["completion"]))]
+    if row.get("program"):
+        parts += [Rule("program", style="dim"), program(row["program"], whole=whole)]
+    if row["games"]:
+        parts += [Rule("games", style="dim"), games(row["games"])]
+    title = Text.assemble((row.get("completion_id") or row.get("name", ""), "bold"))
+    (out or console()).print(Panel(Group(*parts), title=title, title_align="left", border_style="dim"))
+
+
+def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
+    """One line per iteration; a narrow terminal gets the columns that matter most."""
+    columns = [
+        "iteration",
+        "completions",
+        "reward",
+        "middle half",
+        "spread",
+        "ok",
+        "no signal",
+        "tokens",
+        "cut off",
+        "kl",
+    ]
+    if width < 118:
+        columns = [name for name in columns if name not in ("middle half", "cut off", "kl")]
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("other outcomes", no_wrap=True)
+    for row in rows:
+        kl = row["metrics"].get("kl")
+        cells: dict[str, str | Text] = {
+            "iteration": str(row["index"]),
+            "completions": str(row["completions"]),
+            "reward": Text.assemble((f"{row['reward']:.2f}", "bold"), (f" \u00b1{row['reward_error']:.2f}", "dim")),
+            "middle half": f"{row['reward_low']:.2f} to {row['reward_high']:.2f}",
+            "spread": f"{row['spread']:.2f}",
+            "ok": f"{100 * row['outcomes'].get('ok', 0) / row['completions']:.0f} %",
+            "no signal": f"{row['silent_groups']} of {row['groups']}",
+            "tokens": f"{row['tokens']:.0f}",
+            "cut off": f"{100 * row['truncated']:.0f} %",
+            "kl": "" if kl is None else f"{kl:.4f}",
+        }
+        others = {name: count for name, count in row["outcomes"].items() if name != "ok"}
+        table.add_row(*(cells[name] for name in columns), told(others, most=2))
+    return table
+
+
+def evaluations(rows: Iterable[dict[str, Any]]) -> Table:
+    """One line per policy or baseline of every evaluation; baselines once, as they are the same each time."""
+    table = Table(box=None, header_style="dim", pad_edge=False, title="\nheld-out games", title_justify="left")
+    for name in ("player", "mean score", "95 % interval", "won", "programs", "distinct", "games", "largest tile"):
+        table.add_column(name, justify="left" if name == "player" else "right", no_wrap=True)
+    unique = {(row["kind"], row["name"], row["updates"] if row["kind"] == "policy" else None): row for row in rows}
+    for (kind, name, updates), row in sorted(
+        unique.items(), key=lambda item: (item[0][0] != "policy", item[0][2] or 0)
+    ):
+        label = name.replace("_", " ") if kind != "policy" else f"after {updates} updates" if updates else "untrained"
+        table.add_row(
+            printable(label),
+            Text(f"{row['mean_score']:.0f}", style="bold"),
+            f"{row['mean_score_low']:.0f} to {row['mean_score_high']:.0f}",
+            f"{100 * row['win_rate']:.1f} %",
+            str(row["programs"]),
+            str(row["distinct_programs"]),
+            str(row["games"]),
+            str(max((entry["tile"] for entry in row["tiles"] or []), default="")),
+        )
+    return table
+
+
+def groups(rows: Iterable[dict[str, Any]]) -> Table:
+    """One line per group of an iteration."""
+    table = Table(box=None, header_style="dim", pad_edge=False, title="\ngroups", title_justify="left")
+    for name in ("group", "completions", "mean", "spread", "best", "worst", "outcomes"):
+        left = name in ("best", "worst", "outcomes")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "outcomes")
+    for row in rows:
+        table.add_row(
+            str(row["group"]),
+            str(row["completions"]),
+            Text(f"{row['mean']:.2f}", style="bold"),
+            f"{row['spread']:.2f}",
+            f"{row['best']['reward']:5.2f}  {row['best']['completion_id']}",
+            f"{row['worst']['reward']:5.2f}  {row['worst']['completion_id']}",
+            Text.assemble(told(row["outcomes"]), ("  no signal" if row["silent"] else "", "yellow")),
+        )
+    return table
+
+
+def games(rows: Iterable[dict[str, Any]]) -> Table:
+    """One line per game."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("seed", "moves", "max tile", "score", "state"):
+        table.add_column(name, justify="left" if name == "state" else "right")
+    for game in rows:
+        cells = [str(game[name]) for name in ("seed", "moves", "max_tile", "score")]
+        table.add_row(*cells, Text(game["state"].replace("_", " "), style="green" if game["state"] == "won" else ""))
+    return table
+
+
+def facts(row: dict[str, Any], *, whole: bool) -> Text:
+    """The verdict and its evidence, and with `whole` what is known about the tokens."""
+    text = Text()
+    if "reward" in row:
+        parts = ", ".join(
+            f"{name.removeprefix('reward_').replace('_', ' ')} {row[name]:.2f}"
+            for name in row
+            if name.startswith("reward_")
+        )
+        text.append(f"reward {row['reward']:.2f}", style="bold").append(f"  ({parts})  ")
+    elif "mean_score" in row:
+        text.append(f"mean score {row['mean_score']:.0f}", style="bold").append(
+            f"  won {100 * row['win_rate']:.0f} %  "
+        )
+    text.append(row["outcome"].replace("_", " "), style="green" if row["outcome"] == "ok" else "red")
+    if row.get("detail"):
+        text.append(f": {printable(row['detail'])}")
+    if "finish_reason" in row:
+        text.append(f"\n{row['num_tokens']} tokens, ended by {row['finish_reason']}", style="dim")
+        text.append(f", policy after {row['policy_version']} updates, seed {row['seed']}", style="dim")
+    if whole and "logprobs" in row:
+        logprobs = row["logprobs"]
+        text.append(
+            f"\nengine logprobs: mean {logprobs['mean']:.3f} nat, lowest {logprobs['lowest']:.3f} at token "
+            f"{logprobs['lowest_at']}",
+            style="dim",
+        )
+    if whole and "advantage" in row:
+        text.append(f"\nadvantage {row['advantage']:+.3f}", style="dim")
+    return text
+
+
+def program(source: str, *, whole: bool) -> RenderableType:
+    """The program with its syntax coloured; a long one is cut unless `whole`."""
+    lines = printable(source).rstrip("\n").split("\n")
+    cut = [] if whole else lines[LONGEST:]
+    shown = Syntax("\n".join(lines[: len(lines) - len(cut)]), "python", theme="ansi_dark", background_color="default")
+    return Group(shown, Text(f"... {len(cut)} more lines", style="dim")) if cut else shown
+
+
+def told(counts: dict[str, int], *, most: int = 9) -> str:
+    """Counts in words, the largest first: 3 syntax error, 1 cheat; what is beyond `most` names is summed up as +4."""
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    rest = sum(counts[name] for name in names[most:])
+    parts = [f"{counts[name]} {name.replace('_', ' ')}" for name in names[:most]]
+    return ", ".join(parts + ([f"+{rest}"] if rest else []))
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out, but for line ends and tabs."""
+    return "".join(char if char in "\n\t" or char.isprintable() else ascii(char)[1:-1] for char in text)
