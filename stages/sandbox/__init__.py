@@ -1,4 +1,5 @@
-"""Judging programs that nobody has read: jobs in, results out, each program alone in a process inside a Docker container.
+"""Judging programs that nobody has read: jobs in, results out, each program alone in a process inside a Docker
+container.
 
     protocol.py    Job, Result, Outcome, Limits: what travels
     pool.py        SandboxPool: warm containers, one thread each; SandboxError when the sandbox itself fails
@@ -6,10 +7,10 @@
     image.py       the image and where it comes from
     self_check.py  the attacks that any backend must survive
 
-What it protects from: a program that wants a reward it did not earn, or to reach the judge, other programs' verdicts, the network, the disk
-or the host through system calls. What it does not: a hole in the kernel's few system calls that a case may make (read, write, memory, futex,
-clock_gettime, getrandom, exit), or in the processor; set sandbox.runtime to runsc where that matters. The code inside the container is
-containers/sandbox.
+What it protects from: a program that wants a reward it did not earn, or to reach the judge, other programs' verdicts,
+the network, the disk or the host through system calls. What it does not: a hole in the kernel's few system calls that
+a case may make (read, write, memory, futex, clock_gettime, getrandom, exit), or in the processor; set sandbox.runtime
+to runsc where that matters. The code inside the container is containers/sandbox.
 """
 
 from stages.sandbox.pool import SandboxPool, open_pool, reap

@@ -1,9 +1,10 @@
 """One sandbox container: how it is locked in, the one socket to its supervisor, and one reply a job.
 
-Not thread-safe: a container belongs to one thread of the pool. A container in doubt (a byte too many, a reply too late, a broken frame) is not
-repaired: SandboxError is raised and the caller discards it.
+Not thread-safe: a container belongs to one thread of the pool. A container in doubt (a byte too many, a reply too
+late, a broken frame) is not repaired: SandboxError is raised and the caller discards it.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -23,7 +24,9 @@ START_S = 30.0  # cold containers take 0.2-0.4 s
 REPLY_GRACE_S = 15.0  # past the job's own wall time
 MAX_REPLY_BYTES = 16 * MIB
 MAX_STDERR_BYTES = 8192
-STREAM_HEADER = struct.Struct(">BxxxL")  # the daemon's frame around what a container writes: stream (1 stdout, 2 stderr), length
+STREAM_HEADER = struct.Struct(
+    ">BxxxL"
+)  # the daemon's frame around what a container writes: stream (1 stdout, 2 stderr), length
 STDOUT = 1
 
 
@@ -98,9 +101,11 @@ class Container:
             raise
 
     def judge(self, job: Job) -> tuple[Result, bool]:
-        """Returns the verdict and whether the container may be used again; SandboxError when there is no verdict to trust."""
+        """Returns the verdict and whether the container may be used again; SandboxError when there is none to trust."""
         if job.limits.memory_bytes > self.memory_bytes:
-            raise ValueError(f"job {job.job_id} may use {job.limits.memory_bytes} bytes, its container {self.memory_bytes}")
+            raise ValueError(
+                f"job {job.job_id} may use {job.limits.memory_bytes} bytes, its container {self.memory_bytes}"
+            )
         self.num_jobs += 1
         reply = self.exchange({"job": job.to_message()}, job.limits.wall_s + REPLY_GRACE_S)
         if "failed" in reply:
@@ -112,6 +117,7 @@ class Container:
                 detail=reply["detail"],
                 cases=tuple(reply["cases"]),
                 cpu_s=reply["cpu_s"],
+                supervisor_cpu_s=reply["supervisor_cpu_s"],
                 wall_s=reply["wall_s"],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -196,10 +202,8 @@ class Container:
     def hang_up(self) -> None:
         """Closes the connection, which ends the supervisor and whoever waits for its reply; any thread may call it."""
         if self.socket is not None:
-            try:
+            with contextlib.suppress(OSError):  # gone already
                 self.socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # gone already
 
     def discard(self) -> None:
         """Ends and removes the container; never raises."""
@@ -209,7 +213,6 @@ class Container:
         if self.socket is not None:
             self.stream.close()
         if self.id:
-            try:
+            # Removed already by the daemon (auto_remove), or the daemon is gone and with it the container.
+            with contextlib.suppress(docker.errors.DockerException, OSError):
                 self.client.remove_container(self.id, force=True, v=True)
-            except (docker.errors.DockerException, OSError):
-                pass  # removed by the daemon (auto_remove), or the daemon is gone and with it the container

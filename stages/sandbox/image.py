@@ -2,8 +2,8 @@
 
     python -m stages.sandbox image [--base IMAGE] [--base-tar FILE]
 
-The tag is the digest of containers/sandbox: a changed file is another image. The base is python:3.12-slim when the daemon has it or can pull it,
-else the file system that containers/base.sh wrote (--base-tar).
+The tag is the digest of containers/sandbox: a changed file is another image. The base is python:3.12-slim when the
+daemon has it or can pull it, else the file system that containers/base.sh wrote (--base-tar).
 """
 
 import hashlib
@@ -84,7 +84,7 @@ def obtain_base(client: Any, base_tar: Path | None) -> str:
     except docker.errors.APIError as error:
         raise UserError(
             f"the base image {BASE} cannot be pulled: {error.explanation}",
-            "on Debian: bash containers/base.sh /tmp/base.tar, then python -m stages.sandbox image --base-tar /tmp/base.tar",
+            "on Debian: bash containers/base.sh base.tar, then python -m stages.sandbox image --base-tar base.tar",
         ) from error
     return BASE
 
@@ -97,11 +97,21 @@ def build(client: Any, base: str) -> str:
     lines: list[str] = []
     try:
         for event in client.build(
-            path=str(FOLDER), tag=name, buildargs={"BASE": base}, rm=True, forcerm=True, network_mode="none", decode=True
+            path=str(FOLDER),
+            tag=name,
+            buildargs={"BASE": base},
+            rm=True,
+            forcerm=True,
+            network_mode="none",
+            decode=True,
         ):
             lines.append(str(event.get("stream") or event.get("error") or "").strip())
             if "error" in event:
-                raise UserError("the sandbox image does not build: " + " | ".join(lines[-3:]), f"base {base}, files {FOLDER}")
+                raise UserError(
+                    "the sandbox image does not build: " + " | ".join(lines[-3:]), f"base {base}, files {FOLDER}"
+                )
     except docker.errors.APIError as error:
-        raise UserError(f"the sandbox image does not build: {error.explanation}", f"base {base}, files {FOLDER}") from error
+        raise UserError(
+            f"the sandbox image does not build: {error.explanation}", f"base {base}, files {FOLDER}"
+        ) from error
     return name

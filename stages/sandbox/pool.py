@@ -1,9 +1,11 @@
 """SandboxPool: programs judged in warm containers, one thread a container.
 
-A job that a container could not finish is tried on another one; after MAX_ATTEMPTS its future raises SandboxError. A container is replaced
-after `jobs_per_container` jobs, and at once after a timeout, an out-of-memory kill or anything it should not have said.
+A job that a container could not finish is tried on another one; after MAX_ATTEMPTS its future raises SandboxError. A
+container is replaced after `jobs_per_container` jobs, and at once after a timeout, an out-of-memory kill or anything
+it should not have said.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Mapping
@@ -50,7 +52,10 @@ class SandboxPool:
         client = connect()
         self.image = require_image(client)
         if config.runtime and config.runtime not in client.info().get("Runtimes", {}):
-            raise UserError(f"Docker has no runtime {config.runtime}", "set sandbox.runtime to one that `docker info` lists, or to nothing")
+            raise UserError(
+                f"Docker has no runtime {config.runtime}",
+                "set sandbox.runtime to one that `docker info` lists, or to nothing",
+            )
         client.close()
         self.waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self.closing = False
@@ -59,7 +64,8 @@ class SandboxPool:
         self.num_started = 0
         self.undertaker = ThreadPoolExecutor(1, thread_name_prefix="sandbox-undertaker")
         self.threads = [
-            threading.Thread(target=self.work, name=f"sandbox-{index}", daemon=True) for index in range(config.containers)
+            threading.Thread(target=self.work, name=f"sandbox-{index}", daemon=True)
+            for index in range(config.containers)
         ]
         for thread in self.threads:
             thread.start()
@@ -74,9 +80,7 @@ class SandboxPool:
         size = len(job.program.encode("utf-8", "surrogatepass"))
         if size > MAX_PROGRAM_BYTES:
             detail = f"a program of {size} bytes; the limit is {MAX_PROGRAM_BYTES}"
-            future.set_result(
-                Result(job_id=job.job_id, outcome=Outcome.output_limit, detail=detail, cases=(), cpu_s=0.0, wall_s=0.0)
-            )
+            future.set_result(Result(job_id=job.job_id, outcome=Outcome.output_limit, detail=detail, cases=()))
         else:
             self.waiting.put(Waiting(job, future))
         return future
@@ -98,18 +102,21 @@ class SandboxPool:
                     container = self.start(client)
                 result, reusable = container.judge(waiting.job)
             except SandboxError as error:
-                container = self.bury(container)
+                self.bury(container)
+                container = None
                 if waiting.attempts < MAX_ATTEMPTS and not self.closing:
                     self.waiting.put(waiting)
                 else:
                     waiting.future.set_exception(error)
                 continue
             except Exception as error:
-                container = self.bury(container)
+                self.bury(container)
+                container = None
                 waiting.future.set_exception(error)
                 continue
             if not reusable or container.num_jobs >= self.jobs_per_container:
-                container = self.bury(container)
+                self.bury(container)
+                container = None
             waiting.future.set_result(result)
         self.bury(container)
 
@@ -128,7 +135,7 @@ class SandboxPool:
         return container
 
     def bury(self, container: Container | None) -> None:
-        """Has the container removed while its thread goes on."""
+        """Has the container removed while its thread goes on with another."""
         if container is not None:
             with self.lock:
                 self.live.discard(container)
@@ -159,29 +166,32 @@ class SandboxPool:
     def __enter__(self) -> "SandboxPool":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def open_pool(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str]) -> SandboxPool:
     """Returns a pool of config.containers warm sandboxes that know these harnesses (name -> source text).
 
-    UserError when Docker or the image is missing. The containers bear `labels`, by which reap() finds what a killed run left.
+    UserError when Docker or the image is missing. The containers bear `labels`, by which reap() finds what a killed
+    run left.
     """
     return SandboxPool(config, harnesses=harnesses, labels=labels)
 
 
 def reap(labels: Mapping[str, str]) -> int:
-    """Removes the sandbox containers that bear all these labels and returns how many there were; UserError without a daemon."""
+    """Removes the sandbox containers that bear all these labels; returns how many. UserError without a daemon."""
     import docker
 
     client = connect()
     wanted = [LABEL, *(f"{name}={value}" for name, value in labels.items())]
     found = client.containers(all=True, filters={"label": wanted})
     for container in found:
-        try:
+        with contextlib.suppress(
+            docker.errors.APIError
+        ):  # going already: the daemon removes them when their pipe closes
             client.remove_container(container["Id"], force=True, v=True)
-        except docker.errors.APIError:
-            pass  # going already: the daemon removes them itself when their pipe closes
     client.close()
     return len(found)

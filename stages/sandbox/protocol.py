@@ -1,6 +1,7 @@
 """What travels between a stage and a sandbox: a Job in, a Result out, both plain data.
 
-An Outcome is always the program's: it is scored. When the sandbox itself fails there is no outcome and no Result but a SandboxError.
+An Outcome is always the program's: it is scored. When the sandbox itself fails there is no outcome and no Result but
+a SandboxError.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ class SandboxError(Exception):
 
 
 class Outcome(StrEnum):
-    """How a program's job ended. All but ok and no_program are given by the supervisor; no_program by whoever found none to send."""
+    """How a program's job ended: given by the supervisor, but no_program by whoever found none to send."""
 
     ok = "ok"
     no_program = "no_program"
@@ -56,10 +57,12 @@ class Limits:
 class Job:
     """One program and the cases to judge it on.
 
-    cases are JSON objects that only the harness's judge sees; entry is the function that the program must define; harness is the name of one
-    of the pool's harnesses. guarded=False leaves out the static check and the chosen builtins, so that the self-check can attack what lies below.
+    cases are JSON objects that only the harness's judge sees; entry is the function that the program must define;
+    harness is the name of one of the pool's harnesses. guarded=False leaves out the static check and the chosen
+    builtins, so that the self-check can attack what lies below.
 
-    Example: Job(job_id="00003-002-005", program="def strategy(board):\\n    return 'W'", entry="strategy", harness="game2048", cases=({...},))
+    Example: Job(job_id="00003-002-005", program="def strategy(board):\\n    return 'W'", entry="strategy",
+    harness="game2048", cases=({...},))
     """
 
     job_id: str
@@ -77,11 +80,15 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The verdict on a job. cases: the judge's rows, possibly none when the program failed; cpu_s and wall_s are measurements."""
+    """The verdict on a job. cases: the judge's rows, none when it wrote none before the program failed."""
 
     job_id: str
     outcome: Outcome
     detail: str
     cases: tuple[dict[str, Any], ...]
-    cpu_s: float
-    wall_s: float
+    cpu_s: float = 0.0
+    # CPU seconds of the program's process
+    supervisor_cpu_s: float = 0.0
+    # CPU seconds of the supervisor, the judge's own work included
+    wall_s: float = 0.0
+    # seconds of the clock from fork to the last process gone

@@ -1,0 +1,105 @@
+"""The system call filters, against an interpreter of classic BPF that this test brings along."""
+
+import importlib.util
+import struct
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+KILL, ALLOW, NO_FILE = 0x80000000, 0x7FFF0000, 0x00050002
+X86_64, AARCH64, I386 = 0xC000003E, 0xC00000B7, 0x40000003
+# Read from the kernel's own tables for x86_64, a second time, by name.
+READ, WRITE, OPEN, MMAP, MPROTECT, CLONE, EXECVE, PRCTL, OPENAT, EXIT_GROUP, GETRANDOM = (
+    0,
+    1,
+    2,
+    9,
+    10,
+    56,
+    59,
+    157,
+    257,
+    231,
+    318,
+)
+
+
+@pytest.fixture(scope="module")
+def bpf() -> ModuleType:
+    path = Path(__file__).parents[1] / "containers" / "sandbox" / "bpf.py"
+    spec = importlib.util.spec_from_file_location("bpf", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(program: bytes, *, number: int, arch: int = X86_64, arguments: tuple[int, ...] = ()) -> int:
+    """Returns what the filter answers to one system call."""
+    data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    instructions = list(struct.iter_unpack("<HBBI", program))
+    accumulator = position = 0
+    while True:
+        code, if_true, if_false, operand = instructions[position]
+        position += 1
+        match code:
+            case 0x20:  # BPF_LD | BPF_W | BPF_ABS
+                (accumulator,) = struct.unpack_from("<I", data, operand)
+            case 0x06:  # BPF_RET | BPF_K
+                return operand
+            case 0x15:  # BPF_JMP | BPF_JEQ | BPF_K
+                position += if_true if accumulator == operand else if_false
+            case 0x35:  # BPF_JGE
+                position += if_true if accumulator >= operand else if_false
+            case 0x45:  # BPF_JSET
+                position += if_true if accumulator & operand else if_false
+            case _:
+                raise AssertionError(f"code {code:#x}")
+
+
+def test_a_running_program_may_do_14_things_and_no_other(bpf: ModuleType) -> None:
+    program = bpf.assemble("x86_64", compiling=False)
+    allowed = [
+        number for number in range(600) if run(program, number=number, arguments=(1 if number == 1 else 0,)) == ALLOW
+    ]
+    # read write mmap mprotect munmap brk rt_sigreturn mremap madvise exit futex clock_gettime exit_group getrandom
+    assert allowed == [0, 1, 9, 10, 11, 12, 15, 25, 28, 60, 202, 228, 231, 318]
+    assert {run(program, number=number) for number in range(600) if number not in allowed} == {KILL}
+
+
+def test_the_compiler_finds_no_file_and_may_add_a_filter(bpf: ModuleType) -> None:
+    program = bpf.assemble("x86_64", compiling=True)
+    assert run(program, number=OPENAT) == NO_FILE
+    assert run(program, number=PRCTL, arguments=(22,)) == ALLOW
+    assert run(program, number=PRCTL, arguments=(38,)) == KILL
+    running = bpf.assemble("x86_64", compiling=False)
+    assert run(running, number=OPENAT) == run(running, number=PRCTL, arguments=(22,)) == KILL
+
+
+@pytest.mark.parametrize("compiling", [True, False])
+def test_arguments_decide_about_pipes_and_executable_memory(bpf: ModuleType, compiling: bool) -> None:
+    program = bpf.assemble("x86_64", compiling=compiling)
+    assert run(program, number=READ, arguments=(0,)) == ALLOW
+    assert run(program, number=READ, arguments=(1,)) == KILL
+    assert run(program, number=WRITE, arguments=(1,)) == ALLOW
+    assert run(program, number=WRITE, arguments=(2,)) == KILL
+    for number in (MMAP, MPROTECT):
+        assert run(program, number=number, arguments=(0, 4096, 3)) == ALLOW
+        assert run(program, number=number, arguments=(0, 4096, 7)) == KILL
+        assert run(program, number=number, arguments=(0, 4096, 4)) == KILL
+    for number in (OPEN, CLONE, EXECVE):
+        assert run(program, number=number) == KILL
+
+
+def test_other_architectures_and_x32_numbers_are_killed(bpf: ModuleType) -> None:
+    program = bpf.assemble("x86_64", compiling=False)
+    assert run(program, number=EXIT_GROUP) == ALLOW
+    assert run(program, number=EXIT_GROUP, arch=I386) == KILL
+    assert run(program, number=EXIT_GROUP, arch=AARCH64) == KILL
+    assert run(program, number=GETRANDOM | 0x40000000) == KILL
+    assert run(bpf.assemble("aarch64", compiling=False), number=94, arch=AARCH64) == ALLOW
+
+
+def test_an_unknown_machine_is_refused(bpf: ModuleType) -> None:
+    with pytest.raises(KeyError):
+        bpf.assemble("riscv64", compiling=False)
