@@ -330,5 +330,3 @@ def replace(config: RunConfig, section: str, **values: OptionValue) -> RunConfig
     body = config.to_dict()
     body[section] = {**body[section], **values}
     return RunConfig.from_dict(body)
-
-

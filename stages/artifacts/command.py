@@ -1,23 +1,17 @@
 """A stage on its own: `python -m stages.rollout --run-dir R --iteration 3`."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from stages.artifacts.execute import execute, survey
 from stages.artifacts.keys import upstream_of
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import Progress, Session, StageContext, StageId
-from stages.config import UserError
+from stages.config import RunConfig, UserError
 from stages.config import replace as replace_config
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: taken like Ctrl-C, so that everything is closed on the way out."""
+from stages.exits import guarded
 
 
 def main(name: str, run: Callable[[StageContext], None]) -> None:
@@ -42,15 +36,21 @@ def run_one(name: str, function: Callable[[StageContext], None], args: argparse.
         if args.format:
             config = replace_config(config, "export", format=args.format)
         stage = StageId(name, config.train.iterations, config.export.format)
-    needed = every_upstream(stage)
-    for other, decision in survey(run, config, needed):
-        if decision.action == "RUN":
-            hint = f"run what is missing with: flexsink resume {run.path}"
-            raise UserError(f"{stage} needs {other}: {decision.reason}", hint)
+    require_upstream(run, config, stage)
     with Session() as session:
         execute(run, config, stage, function, session, print_progress)
     print(f"{stage}: {run.folder(stage)}")
     return 0
+
+
+def require_upstream(run: RunDir, config: RunConfig, stage: StageId) -> None:
+    """Returns when everything `stage` follows from is done and undamaged; UserError naming the first that is not."""
+    if stage.index is not None and not 0 <= stage.index <= config.train.iterations:
+        raise UserError(f"{stage} is not in this run of {config.train.iterations} iterations", "they count from 0")
+    for other, decision in survey(run, config, every_upstream(stage)):
+        if decision.action == "RUN":
+            hint = f"run what is missing with: flexsink resume {run.path}"
+            raise UserError(f"{stage} needs {other}: {decision.reason}", hint)
 
 
 def every_upstream(stage: StageId) -> list[StageId]:
@@ -73,25 +73,3 @@ def print_progress(progress: Progress) -> None:
     if progress.done == progress.total:
         fields = "  ".join(f"{name} {value}" for name, value in progress.fields.items())
         print(f"{progress.stage}: {progress.done} {progress.unit}  {fields}".rstrip(), file=sys.stderr)
-
-
-def guarded(action: Callable[[], int], *, resume: str = "") -> int:
-    """The exit code of `action`: 2 after a UserError, 130 after Ctrl-C or SIGTERM, which print a line or two."""
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        return action()
-    except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        what = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
-        print(f"{what}; go on with: {resume}" if resume else what, file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -110,6 +109,8 @@ def recorded(**more: str) -> dict[str, Any]:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages whose arithmetic or file format ends up in an artifact."""
+    import importlib.metadata
+
     found = {"python": platform.python_version()}
     for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "safetensors", "pyarrow"):
         try:

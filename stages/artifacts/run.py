@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import platform
-import uuid
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,15 @@ class RunDir:
     def manifest(self, stage: StageId) -> Manifest | None:
         """The manifest of a published stage, its files unchecked; None when there is none."""
         return Manifest.read(self.folder(stage))
+
+    def is_blank(self) -> bool:
+        """Whether no stage was ever published here."""
+        return not any(self.path.rglob("manifest.json"))
+
+    def discard(self) -> None:
+        """Removes a run in which no stage was published."""
+        assert self.is_blank()
+        shutil.rmtree(self.path)
 
     @property
     def logs(self) -> Path:
@@ -158,7 +167,7 @@ def write_json(path: Path, body: Any) -> None:
 
 def environment() -> dict[str, Any]:
     return {
-        "run_id": uuid.uuid4().hex,
+        "run_id": os.urandom(16).hex(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -1,0 +1,258 @@
+"""The command `flexsink`. Heavy imports are inside the subcommands: `flexsink --help` takes a fraction of a second.
+
+Exit codes: 0 done; 2 an expected failure, told as `error: ...` and `hint: ...`; 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import stages.report
+import stages.runs
+from flows.config import differences, overridden, resolved, resumed, shown
+from flows.presets import PRESETS, preset
+from stages.config import RunConfig, UserError
+
+if TYPE_CHECKING:
+    from stages.artifacts import RunDir, StageId
+
+RUNS = Path("data/runs")
+FORMATS = ("mxfp4", "fp16", "bf16", "adapter")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line the way every other error is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one subcommand and exits."""
+    from stages.exits import guarded
+
+    sys.exit(guarded(lambda: dispatch(arguments)))
+
+
+def dispatch(arguments: Sequence[str] | None) -> int:
+    args = parser().parse_args(arguments)
+    code: int = args.command(args)
+    return code
+
+
+def parser() -> Parser:
+    """Every subcommand and its arguments."""
+    top = Parser(prog="flexsink", description="Teach gpt-oss a task by reinforcement learning on one GPU.")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    presets = ", ".join(PRESETS)
+
+    train = commands.add_parser("train", help="start a run, or go on with it, from a preset")
+    train.add_argument("preset", metavar="PRESET", help=presets)
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.seed=1")
+    train.add_argument("--run-dir", type=Path, metavar="DIR", help=f"where to write ({RUNS}/<preset>-<UTC>)")
+    train.set_defaults(command=train_command)
+
+    resume = commands.add_parser("resume", help="go on with a run that stopped")
+    resume.add_argument("run", type=Path, metavar="RUN_DIR")
+    resume.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.iterations=48")
+    resume.set_defaults(command=resume_command)
+
+    plan = commands.add_parser("plan", help="which stages would run, which be reused, and why")
+    plan.add_argument("what", metavar="RUN_DIR|PRESET")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
+    plan.set_defaults(command=plan_command)
+
+    inspect = commands.add_parser("inspect", help="look at groups, completions, rewards, programs and games")
+    stages.runs.add_inspect_arguments(inspect)
+    inspect.set_defaults(command=stages.runs.inspect)
+
+    runs = commands.add_parser("runs", help="list the runs there are")
+    stages.runs.add_runs_arguments(runs)
+    runs.set_defaults(command=stages.runs.list_runs)
+
+    report = commands.add_parser("report", help="write a run's report as one HTML file")
+    stages.report.add_arguments(report)
+    report.set_defaults(command=stages.report.report)
+
+    evaluate = commands.add_parser("evaluate", help="play held-out games with a run's policy, baselines beside it")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("--updates", type=int, metavar="N", help="after that many updates (the last finished one)")
+    evaluate.set_defaults(command=evaluate_command)
+
+    export = commands.add_parser("export", help="write a run's policy as a model folder")
+    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument("--format", choices=FORMATS, metavar="FORMAT", help=f"{', '.join(FORMATS)} (the run's own)")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    export.add_argument("--strict", action="store_true", help="exit 3 when less than 90 %% of the gain is kept")
+    export.set_defaults(command=export_command)
+
+    serve = commands.add_parser("serve", help="train on a schedule")
+    serve.add_argument("preset", metavar="PRESET", help=presets)
+    serve.add_argument("overrides", nargs="*", metavar="section.key=value")
+    serve.add_argument("--cron", required=True, metavar="CRON", help='for example "0 3 * * *"')
+    serve.add_argument("--stop-after-runs", type=int, default=0, metavar="N", help="end after that many runs")
+    serve.set_defaults(command=serve_command)
+
+    doctor = commands.add_parser("doctor", help="check this machine")
+    doctor.set_defaults(command=doctor_command)
+    return top
+
+
+def train_command(args: argparse.Namespace) -> int:
+    from flows import steps
+    from stages.artifacts import RunDir
+
+    config = resolved(overridden(preset(args.preset), args.overrides))
+    steps.check_docker()
+    path = args.run_dir or steps.default_path(RUNS, args.preset)
+    if not (path / "config.json").exists():
+        run = RunDir.create(path, config)
+        try:
+            return go(run, config)
+        except UserError:
+            if run.is_blank():
+                run.discard()  # nothing was made: leave nothing half-written, so that a corrected command can start
+            raise
+    run = RunDir.open(path)
+    changes = differences(run.config(), config)
+    if changes and not run.is_blank():
+        raise UserError(
+            f"{path} holds a run of another configuration: {shown(changes)}",
+            f"go on with that one by: flexsink resume {path}; or choose another folder with --run-dir",
+        )
+    return go(run, config)
+
+
+def resume_command(args: argparse.Namespace) -> int:
+    from flows import steps
+    from stages.artifacts import RunDir
+
+    run = RunDir.open(args.run)
+    config = resumed(run.config(), args.overrides)
+    steps.check_docker()
+    return go(run, config)
+
+
+def go(run: "RunDir", config: RunConfig) -> int:
+    """Trains until the end and prints the summary; 130 after Ctrl-C, saying how to go on."""
+    from flows.progress import terminal
+    from flows.train import train
+    from stages.exits import guarded
+
+    def body() -> int:
+        print(f"run {run.path}")
+        with terminal() as view:
+            train(run, config, view)
+        return 0
+
+    # UserError passes through: only the interrupt is told here, where the run is known.
+    code = guarded(body, resume=f"flexsink resume {run.path}", pass_errors=True)
+    if code == 0:
+        finish(run)
+    return code
+
+
+def finish(run: "RunDir") -> None:
+    """Writes the report and prints what the run came to."""
+    from flows.summary import Summary
+
+    for line in Summary.of(run).lines():
+        print(line)
+    print(f"report      {stages.report.write_report(run.path)}")
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    from flows.plan import show_preset, show_run
+    from stages.artifacts import RunDir
+
+    if args.what in PRESETS and not Path(args.what, "config.json").exists():
+        show_preset(resolved(overridden(preset(args.what), args.overrides)))
+        return 0
+    if not Path(args.what).exists() and "/" not in args.what:
+        preset(args.what)
+    run = RunDir.open(Path(args.what))
+    show_run(run, resumed(run.config(), args.overrides))
+    return 0
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    from flows.summary import figures, policy_row
+    from stages.artifacts import RunDir, StageId
+
+    run = RunDir.open(args.run)
+    updates = last_update(run) if args.updates is None else args.updates
+    stage = StageId("evaluate", updates)
+    one_stage(run, run.config(), stage)
+    row = policy_row(run, updates)
+    print(f"{updates} updates   {figures(row)}" if row else run.folder(stage))
+    print(f"written to  {run.folder(stage)}")
+    return 0
+
+
+def export_command(args: argparse.Namespace) -> int:
+    from flows.delivery import deliver, kept
+    from stages.artifacts import RunDir, StageId
+    from stages.config import replace
+
+    run = RunDir.open(args.run)
+    if args.out.exists():
+        raise UserError(f"{args.out} is there already", "give --out a folder that does not exist yet")
+    config = run.config()
+    config = replace(config, "export", format=args.format or config.export.format)
+    stage = StageId("export", last_update(run), config.export.format)
+    one_stage(run, config, stage)
+    deliver(run.folder(stage), args.out)
+    print(f"exported    {args.out}")
+    lost = kept(run.folder(stage))
+    if lost:
+        print(lost)
+    return 3 if lost and args.strict else 0
+
+
+def last_update(run: "RunDir") -> int:
+    """How many updates the run's newest checkpoint has had."""
+    from flows.summary import finished
+
+    done = finished(run, "iterations/*/update")
+    return done[-1] + 1 if done else 0
+
+
+def one_stage(run: "RunDir", config: RunConfig, stage: "StageId") -> None:
+    """Makes one stage outside the flow, if it is not done; what it reads must be."""
+    from flows import steps
+    from flows.progress import terminal
+    from stages.artifacts import Session
+    from stages.artifacts.command import require_upstream
+
+    require_upstream(run, config, stage)
+    with run.lock(), steps.logging_to(run, config.logging.level), terminal() as view, Session() as session:
+        steps.run_stage(run, config, stage, session, view)
+
+
+def serve_command(args: argparse.Namespace) -> int:
+    from flows import server, steps
+
+    steps.check_docker()
+    server.connect(print)  # before Prefect is imported
+    from flows.schedule import serve
+
+    serve(args.preset, args.overrides, cron=args.cron, stop_after_runs=args.stop_after_runs, note=print)
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    from flows.doctor import check
+
+    lines = check()
+    width = max(len(line.name) for line in lines)
+    for line in lines:
+        print(f"{'ok  ' if line.ok else 'FAIL'}  {line.name:<{width}}  {line.detail}")
+        if line.hint:
+            print(f"{'':{width + 6}}  hint: {line.hint}")
+    return 0 if all(line.ok for line in lines) else 2
+
+
+if __name__ == "__main__":
+    main()

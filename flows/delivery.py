@@ -1,0 +1,33 @@
+"""What `flexsink export` does after the stage: a folder of the person's own, and a word when gain was lost."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from stages.artifacts.manifest import NAME, TIMINGS
+from stages.artifacts.run import explained
+
+
+def deliver(folder: Path, out: Path) -> None:
+    """Copies an export, without its manifest and timings, to `out`, which appears whole or not at all."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(NAME, TIMINGS))
+            temporary.rename(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def kept(folder: Path) -> str:
+    """What the export says about a gain it does not keep; empty when it keeps at least 90 %."""
+    try:
+        body = json.loads((folder / "export.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return ""
+    share = body.get("gain_kept")
+    if share is None or share >= 0.9:
+        return ""
+    return f"warning: the export keeps {100 * share:.0f} % of the gain; the rest is in its residual adapter"

@@ -1,0 +1,54 @@
+"""`flexsink plan`: what a resume would run and what it would reuse, decided by the same code."""
+
+from flows.train import stages_of
+from stages.artifacts import Decision, RunDir, StageId, survey
+from stages.artifacts.manifest import code_digest, versions
+from stages.config import RunConfig
+
+
+def show_run(run: RunDir, config: RunConfig) -> None:
+    """Prints the table for a run, then a warning for everything reused that other code or versions made."""
+    decisions = survey(run, config, list(stages_of(config)))
+    show([(stage, decision.action, decision.reason) for stage, decision in decisions])
+    for line in warnings(decisions):
+        print(f"warning: {line}")
+
+
+def show_preset(config: RunConfig) -> None:
+    """Prints the table for a run that is not there yet."""
+    show([(stage, "RUN", "a new run") for stage in stages_of(config)])
+
+
+def show(rows: list[tuple[StageId, str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "", "why"):
+        table.add_column(name, overflow="fold")
+    for stage, action, reason in rows:
+        table.add_row(str(stage), f"[bold]{action}[/]" if action == "RUN" else f"[dim]{action}[/]", reason)
+    console.print(table)
+    to_run = sum(action == "RUN" for _, action, _ in rows)
+    console.print(f"{to_run} to run, {len(rows) - to_run} to reuse")
+
+
+def warnings(decisions: list[tuple[StageId, Decision]]) -> list[str]:
+    """One line per difference between what made the reused stages and what is here now."""
+    others: dict[str, list[StageId]] = {}
+    for stage, decision in decisions:
+        if decision.manifest is None:
+            continue
+        recorded = decision.manifest.recorded
+        if recorded.get("code") != code_digest():
+            others.setdefault("other code under stages/", []).append(stage)
+        for name in sorted({*recorded.get("versions", {}), *versions()}):
+            old, new = recorded.get("versions", {}).get(name, "none"), versions().get(name, "none")
+            if old != new:
+                others.setdefault(f"{name} {old}, now {new}", []).append(stage)
+    lines = []
+    for what, made in others.items():
+        which = str(made[0]) if len(made) == 1 else f"{len(made)} stages, {made[0]} to {made[-1]},"
+        lines.append(f"{which} made with {what}: run again, the result may differ")
+    return lines

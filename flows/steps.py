@@ -1,0 +1,216 @@
+"""A stage as a step of the flow: run in this process, and shown in Prefect as a task.
+
+Prefect schedules and shows; whether a stage has to run is decided on disk by stages.artifacts.execute alone. So a task
+has no cache and no retries, and returns a reference to the manifest. Prefect is imported where it is first needed.
+"""
+
+import contextlib
+import datetime
+import importlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flows import server
+from flows.progress import Lines, View, Views
+from flows.summary import Summary, reward_rows
+from stages.artifacts import Manifest, Progress, RunDir, Session, StageContext, StageId, execute
+from stages.artifacts.run import explained
+from stages.config import RunConfig, UserError
+
+Reference = dict[str, str]
+# {"stage": "rollout 3", "folder": "iterations/00003/rollout", "digest": sha256 of the content}
+Step = Callable[[StageId], Reference]
+
+log = logging.getLogger("flows")
+
+
+def stage_function(name: str) -> Callable[[StageContext], None]:
+    """stages.<name>.run"""
+    function: Callable[[StageContext], None] = importlib.import_module(f"stages.{name}").run
+    return function
+
+
+def run_stage(run: RunDir, config: RunConfig, stage: StageId, session: Session, view: View) -> Manifest:
+    """The stage's manifest, made or found; `view` is told what happens."""
+    ran = False
+
+    def function(context: StageContext) -> None:
+        nonlocal ran
+        ran = True
+        view.start(stage)
+        stage_function(stage.name)(context)
+
+    started = time.perf_counter()
+    manifest = execute(run, config, stage, function, session, view.report)
+    seconds = time.perf_counter() - started
+    log.info("%s: %s in %.1f s, content %s", stage, "done" if ran else "reused", seconds, manifest.digest[:12])
+    view.finish(stage, seconds=seconds, reused=not ran)
+    return manifest
+
+
+def local(run: RunDir, config: RunConfig, session: Session, view: View) -> Step:
+    """A step in this process, without Prefect."""
+
+    def step(stage: StageId) -> Reference:
+        manifest = run_stage(run, config, stage, session, view)
+        return {"stage": str(stage), "folder": str(stage.folder), "digest": manifest.digest}
+
+    return step
+
+
+def prefect(run: RunDir, config: RunConfig, session: Session, view: View) -> Step:
+    """The same step as a Prefect task of the flow run at work, its progress and rewards as artifacts."""
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    inner = local(run, config, session, Views([view, Artifacts(run)]))
+
+    def step(stage: StageId) -> Reference:
+        # Parameters are shown in the UI and are plain text: a live object here would be walked through by Prefect.
+        @task(name=stage.name, task_run_name=str(stage), cache_policy=NO_CACHE, persist_result=False, retries=0)
+        def run_step(folder: str) -> Reference:
+            return inner(stage)
+
+        reference: Reference = run_step(str(stage.folder))
+        return reference
+
+    return step
+
+
+class Artifacts:
+    """Prefect's view of a run: a progress artifact per stage, a table of rewards. It never fails a run."""
+
+    UPDATE_EVERY_S = 2.0
+    # an update costs 7-24 ms
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.prefix = run.labels()["flexsink.run"][:8].lower()
+        self.artifact: Any = None
+        self.next_update = 0.0
+
+    def start(self, stage: StageId) -> None:
+        from prefect.artifacts import create_progress_artifact
+
+        key = f"{self.prefix}-{stage}".replace(" ", "-").replace("_", "-")
+        self.artifact = shown(lambda: create_progress_artifact(progress=0.0, key=key, description=str(stage)))
+        self.next_update = time.monotonic() + self.UPDATE_EVERY_S
+
+    def report(self, progress: Progress) -> None:
+        if self.artifact is not None and progress.total and time.monotonic() >= self.next_update:
+            self.update(100.0 * progress.done / progress.total)
+
+    def finish(self, stage: StageId, *, seconds: float, reused: bool) -> None:
+        from prefect.artifacts import create_table_artifact
+
+        if reused:
+            return
+        if self.artifact is not None:
+            self.update(100.0)
+            self.artifact = None
+        if stage.name == "update":
+            rows = reward_rows(self.run)
+            key = f"{self.prefix}-rewards"
+            shown(lambda: create_table_artifact(table=rows, key=key, description="mean reward per iteration"))
+
+    def update(self, percent: float) -> None:
+        from prefect.artifacts import update_progress_artifact
+
+        shown(lambda: update_progress_artifact(self.artifact, progress=percent))
+        self.next_update = time.monotonic() + self.UPDATE_EVERY_S
+
+
+def shown(action: Callable[[], Any]) -> Any:
+    """What `action` returns; None, with a line in the log, when Prefect could not be told."""
+    try:
+        return action()
+    except Exception as error:
+        # Any failure of the network or of the server's answer; the disk is the truth, showing it is not.
+        log.warning("Prefect was not told: %s", error)
+        return None
+
+
+def in_flow(run: RunDir, config: RunConfig, view: Lines, body: Callable[[], None]) -> None:
+    """Calls `body` inside a Prefect flow run named after the run directory."""
+    url = server.connect(view.note)
+    from prefect import flow
+
+    server.quiet()
+    server.crash_leftovers(run)
+
+    @flow(name="flexsink train", flow_run_name=run.path.name, persist_result=False, retries=0)
+    def train_run(run_dir: str, config: dict[str, Any]) -> None:
+        inside_flow(run, body)
+
+    try:
+        train_run(str(run.path), config.to_dict())
+    except server.api_errors() as error:
+        raise UserError(
+            f"the Prefect server at {url} no longer answers: {error or type(error).__name__}",
+            f"what was finished is kept; go on with: flexsink resume {run.path}",
+        ) from error
+
+
+def inside_flow(run: RunDir, body: Callable[[], None]) -> None:
+    """`body` with this flow run's id kept in the run directory and a summary shown at its end."""
+    from prefect.artifacts import create_markdown_artifact
+    from prefect.runtime import flow_run
+
+    server.remember(run, str(flow_run.id))
+    body()
+    key = f"{run.labels()['flexsink.run'][:8].lower()}-summary"
+    shown(lambda: create_markdown_artifact(markdown=Summary.of(run).markdown(), key=key, description=run.path.name))
+
+
+def reap(run: RunDir) -> None:
+    """Removes the sandbox containers that a killed start of this run left. UserError without Docker."""
+    from stages.sandbox import reap as reap_containers
+
+    removed = reap_containers(run.labels())
+    if removed:
+        log.info("removed %d containers that an earlier start left", removed)
+
+
+def check_docker() -> None:
+    """Returns when a daemon answers and has the sandbox image; UserError else."""
+    from stages.sandbox import image
+
+    client = image.connect()
+    try:
+        image.require_image(client)
+    finally:
+        client.close()
+
+
+def default_path(runs: Path, preset: str) -> Path:
+    """data/runs/<preset>-<UTC>, a number behind it where that is taken."""
+    name = f"{preset}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
+    path, number = runs / name, 1
+    while path.exists():
+        path, number = runs / f"{name}-{number}", number + 1
+    return path
+
+
+@contextlib.contextmanager
+def logging_to(run: RunDir, level: str) -> Iterator[None]:
+    """Sends what is logged, Python's warnings too, to logs/flexsink.log of the run and not to the terminal."""
+    with explained(run.path):
+        run.logs.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(run.logs / "flexsink.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(level)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not fill the terminal
+    root = logging.getLogger()
+    root.addHandler(handler)
+    for name in ("flows", "stages"):
+        logging.getLogger(name).setLevel(level)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
