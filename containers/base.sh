@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Writes a root file system with Python's standard library and what that links to, made of this machine's Debian packages, as a tar file:
 #     bash containers/base.sh FILE.tar
-# Used as the sandbox's base where no registry answers. It has no shell, no package manager and no set-uid program. Needs apt and dpkg-deb,
-# not root. The packages are fetched with this machine's apt settings, so its signatures, mirrors and proxies hold.
+# Used as the sandbox's base where no registry answers. It has no shell, no package manager and no set-uid program. The packages come with
+# this machine's apt settings, so its signatures, mirrors and proxies hold. Needs apt and dpkg-deb; root only to refresh apt's lists.
 set -euo pipefail
 
 out=$(realpath -m "${1:?usage: base.sh FILE.tar}")
@@ -10,6 +10,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 chmod 755 "$work"
 cd "$work"
+
+refresh() { [ "$(id -u)" = 0 ] && apt-get -qq update; }
+compgen -G "/var/lib/apt/lists/*_Packages*" >/dev/null || refresh || true
 
 python=$(apt-cache depends python3-minimal | sed -nE 's/^ *(Pre)?-?Depends: (python3\.[0-9]+-minimal)$/\2/p' | head -1)
 [ -n "$python" ] || { echo "error: apt knows no python3-minimal; run apt-get update first" >&2; exit 1; }
@@ -20,7 +23,9 @@ mapfile -t packages < <(apt-cache depends --recurse --no-recommends --no-suggest
 
 mkdir debs root
 chmod 777 debs  # apt may fetch as its own user
-(cd debs && apt-get -qq download "${packages[@]}")
+cd debs
+apt-get -qq download "${packages[@]}" || { refresh && apt-get -qq download "${packages[@]}"; }  # old lists name what is gone
+cd ..
 mkdir -p root/usr/{bin,lib,lib64,sbin} root/{etc,tmp,proc,sys,dev}
 for name in bin lib lib64 sbin; do ln -s "usr/$name" "root/$name"; done
 for deb in debs/*.deb; do

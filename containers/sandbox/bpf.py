@@ -2,14 +2,15 @@
 
     python3 bpf.py FOLDER        writes compile.bpf and run.bpf
 
-The program runs on `struct seccomp_data` (linux/seccomp.h): nr at byte 0, arch at 4, the low half of argument n at 16 + 8 * n. It allows
-what computing needs and kills the process on anything else, which the supervisor sees as SIGSYS and scores as a cheat:
-    read from descriptor 0, write to descriptor 1 (the pipes to the supervisor), memory that is not executable, futex, clock_gettime,
-    getrandom, rt_sigreturn, exit.
-A case is under compile.bpf before it reads the program and under run.bpf as well before the program runs. The first differs in two calls:
-openat fails as if there were no file, since Python looks for a source file named <program> to quote in a SyntaxError, and prctl may add the
-second filter.
-Instructions are those of linux/bpf_common.h, 8 bytes each: code, jump if true, jump if false, operand.
+The program runs on `struct seccomp_data` (linux/seccomp.h): nr at byte 0, arch at 4, the low half of argument n at 16
++ 8 * n. It allows what computing needs and kills the process on anything else, which the supervisor sees as SIGSYS
+and scores as a cheat:
+    read from descriptor 0, write to descriptor 1 (the pipes to the supervisor), memory that is not executable, futex,
+    clock_gettime, getrandom, rt_sigreturn, exit.
+A case is under compile.bpf before it reads the program and under run.bpf as well before the program runs. The first
+differs in two calls: openat fails as if there were no file, since Python looks for a source file named <program> to
+quote in a SyntaxError, and prctl may add the second filter. Instructions are those of linux/bpf_common.h, 8 bytes
+each: code, jump if true, jump if false, operand.
 """
 
 import platform

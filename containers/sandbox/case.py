@@ -1,17 +1,20 @@
 """The nursery, from which every case is forked, and the case: the process in which one program runs.
 
-The nursery is forked from the supervisor before that has read a byte, and never learns more than the harnesses: neither it nor what is forked
-from it holds seeds, answers or nonces. Asked over its socket, it forks a case onto the two pipe ends that came with the question, and
-hands it over to the supervisor, which is the subreaper, so that the supervisor alone waits for it.
+The nursery is forked from the supervisor before that has read a byte, and never learns more than the harnesses:
+neither it nor what is forked from it holds seeds, answers or nonces. Asked over its socket, it forks a case onto the
+two pipe ends that came with the question, and hands it over to the supervisor, which is the subreaper, so that the
+supervisor alone waits for it.
 
-A case is another uid, has rlimits, no privileges to gain, the two pipes as its only descriptors and the first system call filter of bpf.py
-before it reads the program, and the second before it runs it.
+A case is another uid, has rlimits, no privileges to gain, the two pipes as its only descriptors and the first system
+call filter of bpf.py before it reads the program, and the second before it runs it.
 
-Frames: question = nonce (8 bytes), length (4), payload; answer = the question's nonce, kind (1 byte), length (4), payload.
+Frames: question = nonce (8 bytes), length (4), payload; answer = the question's nonce, kind (1 byte), length (4),
+payload.
     kinds: R the program is loaded, M an answer, X the program ended (payload: outcome, newline, detail)
 The first question is the program as JSON: {"program", "entry", "harness", "guarded"}.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -37,7 +40,7 @@ MAX_DETAIL = 400
 class Filter(ctypes.Structure):
     """struct sock_fprog of linux/filter.h, over a file of instructions."""
 
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]  # noqa: RUF012
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
 
     def __init__(self, name: str) -> None:
         with open(os.path.join(FOLDER, name), "rb") as file:
@@ -139,7 +142,9 @@ def describe(error: BaseException) -> str:
     return f"{words[:MAX_DETAIL]} (line {line})" if line else words
 
 
-def run_program(walls: Walls, pipe: Pipe, tables: dict[str, object], harnesses: dict[str, types.ModuleType]) -> NoReturn:
+def run_program(
+    walls: Walls, pipe: Pipe, tables: dict[str, object], harnesses: dict[str, types.ModuleType]
+) -> NoReturn:
     """Loads the program and lets the harness serve it; never returns."""
     try:
         start: dict[str, Any] = json.loads(pipe.receive())
@@ -221,8 +226,6 @@ def compile_warm() -> None:
 
     warnings.simplefilter("ignore")
     for text in ("'\\d' is 1\nassert (1, 'a')\nf'{1!r:>4}'", "def f(:", "x = 1 +", "\x00"):
-        try:
+        with contextlib.suppress(programs.Refused):
             programs.compile_checked(text, guarded=True)
-        except programs.Refused:
-            pass
     "\N{DIGIT ONE}".encode("utf-8", "backslashreplace")

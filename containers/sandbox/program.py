@@ -1,7 +1,8 @@
 """What a program may say: the static check before it runs, and the names it runs with.
 
-This is the outer layer. It names what a program did wrong, so that its score can be explained; it is not what keeps a program in. A program
-that gets past it has the whole interpreter, and then faces another uid, the limits and the system call filter of case.py.
+This is the outer layer. It names what a program did wrong, so that its score can be explained; it is not what keeps a
+program in. A program that gets past it has the whole interpreter, and then faces another uid, the limits and the
+system call filter of case.py.
 """
 
 import __future__  # noqa: F401  (kept for programs that import it)
@@ -32,30 +33,30 @@ PRELOADED = {
     "typing": typing,
 }
 WITHHELD = {"typing": {"get_type_hints"}}  # evaluates strings with the interpreter's own builtins
-METHODS = frozenset(
-    f"__{name}__"
-    for name in (
-        "init new call repr str bool hash len iter next reversed contains getitem setitem delitem missing enter exit length_hint "
-        "lt le eq ne gt ge add sub mul truediv floordiv mod divmod pow lshift rshift and or xor matmul neg pos abs invert "
-        "radd rsub rmul rtruediv rfloordiv rmod rdivmod rpow rlshift rrshift rand ror rxor rmatmul "
-        "iadd isub imul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor imatmul int float index round floor ceil trunc "
-        "copy deepcopy format post_init"
-    ).split()
-)
+METHOD_WORDS = """
+    init new call repr str bool hash len iter next reversed contains getitem setitem delitem missing enter
+    exit getattr setattr delattr del class_getitem init_subclass set_name length_hint lt le eq ne gt ge add
+    sub mul truediv floordiv mod divmod pow lshift rshift and or xor matmul neg pos abs invert radd rsub rmul
+    rtruediv rfloordiv rmod rdivmod rpow rlshift rrshift rand ror rxor rmatmul iadd isub imul itruediv
+    ifloordiv imod ipow ilshift irshift iand ior ixor imatmul int float index round floor ceil trunc copy
+    deepcopy format post_init
+"""
+METHODS = frozenset(f"__{word}__" for word in METHOD_WORDS.split())
 READABLE = METHODS | {"__name__", "__doc__"}
 SLOTS = frozenset({"__slots__", "__name__", "__doc__", "__all__", "__version__", "__author__"})
-FRAME_ATTRIBUTES = frozenset(
-    (
-        "gi_frame gi_code gi_yieldfrom cr_frame cr_code cr_await cr_origin ag_frame ag_code ag_await tb_frame tb_next tb_lasti f_back "
-        "f_builtins f_code f_globals f_locals f_trace co_code co_consts co_names func_globals func_code mro"
-    ).split()
-)
+FRAME_WORDS = """
+    gi_frame gi_code gi_yieldfrom cr_frame cr_code cr_await cr_origin ag_frame ag_code ag_await tb_frame
+    tb_next tb_lasti f_back f_builtins f_code f_globals f_locals f_trace co_code co_consts co_names
+    func_globals func_code mro
+"""
+FRAME_ATTRIBUTES = frozenset(FRAME_WORDS.split())
 ESCAPES = frozenset({"eval", "exec", "compile", "open", "globals", "locals", "vars", "breakpoint"})
-OFFERED = (
-    "abs all any ascii bin bool bytearray bytes callable chr classmethod complex dict divmod enumerate filter float format frozenset hash "
-    "hex id int isinstance issubclass iter len list map max memoryview min next object oct ord pow property range repr reversed round set "
-    "slice sorted staticmethod str sum super tuple type zip Ellipsis NotImplemented"
-).split()
+OFFERED_WORDS = """
+    abs all any ascii bin bool bytearray bytes callable chr classmethod complex dict divmod enumerate filter
+    float format frozenset hash hex id int isinstance issubclass iter len list map max memoryview min next
+    object oct ord pow property range repr reversed round set slice sorted staticmethod str sum super tuple
+    type zip Ellipsis NotImplemented
+"""
 
 
 class Refused(Exception):
@@ -72,7 +73,10 @@ def is_dunder(name: str) -> bool:
 
 
 def compile_checked(source: str, *, guarded: bool) -> types.CodeType:
-    """Returns the program's code; raises Refused for what does not parse, imports what it may not, or reaches for the interpreter."""
+    """Returns the program's code.
+
+    Refused when it does not parse, imports what it may not, or reaches for the interpreter.
+    """
     try:
         tree = ast.parse(source, "<program>")
         findings = find(tree) if guarded else []
@@ -140,7 +144,7 @@ def find(tree: ast.AST) -> list[tuple[int, str, str]]:
 
 
 class SeededRandom(random.Random):
-    """A Random whose unseeded state comes from the module's own generator, so that a program's moves do not depend on the system."""
+    """A Random that never asks the system: unseeded, it starts from the module's own; moves can be repeated."""
 
     def seed(self, a: object = None, version: int = 2) -> None:
         super().seed(random.getrandbits(64) if a is None else a, version)  # type: ignore[arg-type]
@@ -189,7 +193,7 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
 
         return call
 
-    table: dict[str, object] = {name: getattr(builtins, name) for name in OFFERED}
+    table: dict[str, object] = {name: getattr(builtins, name) for name in OFFERED_WORDS.split()}
     for name, value in vars(builtins).items():
         if isinstance(value, type) and issubclass(value, BaseException):
             table[name] = value

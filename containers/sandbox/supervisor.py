@@ -1,11 +1,13 @@
 """The supervisor: holds the games, has each program run in a case, and says how the case ended.
 
-Runs as root with SETUID, SETGID and KILL only, on the standard library alone, as the container's one job. It reads jobs from its standard
-input and writes one reply a job to its standard output:
-    message = length (4 bytes, little endian), JSON with a nonce;   reply = the message's nonce (16 bytes), length (4), JSON
-    first message {"nonce", "protocol", "harnesses": {name: source}}, then {"nonce", "job"}; replies are written by `hello` and `judge_job`
-What comes from a case is bytes: they are compared, counted and handed to the harness's judge, and never decide more than which of the
-failing outcomes a failure is. The outcome ok is given here, when the judge has finished and the case has left nothing behind.
+Runs as root with SETUID, SETGID and KILL only, on the standard library alone, as the container's one job. It reads
+jobs from its standard input and writes one reply a job to its standard output:
+    message = length (4 bytes, little endian), JSON with a nonce;   reply = the message's nonce (16 bytes), length
+    (4), JSON first message {"nonce", "protocol", "harnesses": {name: source}}, then {"nonce", "job"}; replies are
+    written by `hello` and `judge_job`
+What comes from a case is bytes: they are compared, counted and handed to the harness's judge, and never decide more
+than which of the failing outcomes a failure is. The outcome ok is given here, when the judge has finished and the
+case has left nothing behind.
 """
 
 import ctypes
@@ -266,8 +268,8 @@ def uid_has_process(uid: int) -> bool:
 
 
 def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """Returns the reply to a job: outcome, detail, cases, cpu_s, wall_s, discard; `failed` instead when the harness itself failed."""
-    started = time.monotonic()
+    """Returns the reply to a job: outcome, detail, cases, cpu_s, supervisor_cpu_s, wall_s, discard, or `failed`."""
+    started, own_started = time.monotonic(), time.process_time()
     case = Case(nursery, job["limits"])
     rows: list[Any] = []
     failed = ""
@@ -287,6 +289,7 @@ def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) 
         "detail": case.ended.detail if case.ended else "",
         "cases": rows,
         "cpu_s": case.used_s,
+        "supervisor_cpu_s": time.process_time() - own_started,
         "wall_s": time.monotonic() - started,
         "discard": case.discard,
     }

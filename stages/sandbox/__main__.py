@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from stages.config import SandboxConfig, UserError
 from stages.sandbox.attacks import ATTACKS
@@ -13,14 +12,14 @@ from stages.sandbox.self_check import HARNESS, LIMITS, attack_pool
 
 def make_image(options: argparse.Namespace) -> int:
     """Builds the image unless it is there."""
-    client = connect(timeout=300)
+    client = connect(timeout=60)
     name = image_name()
     if has_image(client, name):
         print(f"sandbox image {name} is there")
     elif options.check:
         return 1
     else:
-        base = options.base or obtain_base(client, options.base_tar)
+        base = options.base or obtain_base(client)
         print(f"sandbox image {build(client, base)} built on {base}")
     return 0
 
@@ -46,9 +45,6 @@ def main() -> int:
     image = commands.add_parser("image", help="build the sandbox image unless it is there")
     image.add_argument("--check", action="store_true", help="only say whether it is there (exit status 1 when not)")
     image.add_argument("--base", help=f"base image (default: {BASE})")
-    image.add_argument(
-        "--base-tar", type=Path, help="root file system by containers/base.sh, used when there is no base image"
-    )
     image.set_defaults(run=make_image)
     attack = commands.add_parser("self-check", help="attack the sandbox with the known attacks")
     attack.add_argument("--runtime", default="", help="Docker runtime to check, such as runsc")

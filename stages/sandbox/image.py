@@ -1,12 +1,15 @@
 """The sandbox image: its name, whether it is there, and how it is made.
 
-    python -m stages.sandbox image [--base IMAGE] [--base-tar FILE]
+    python -m stages.sandbox image [--base IMAGE]
 
 The tag is the digest of containers/sandbox: a changed file is another image. The base is python:3.12-slim when the
-daemon has it or can pull it, else the file system that containers/base.sh wrote (--base-tar).
+daemon has it or can pull it, else the file system that containers/base.sh wrote.
 """
 
 import hashlib
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from stages.config import UserError
 REPOSITORY = "flexsink-sandbox"
 BASE = "python:3.12-slim"
 LOCAL_BASE = "flexsink-base"
-FOLDER = Path(__file__).parents[2] / "containers" / "sandbox"
+CONTAINERS = Path(__file__).parents[2] / "containers"
+FOLDER = CONTAINERS / "sandbox"
+BASE_SCRIPT = CONTAINERS / "base.sh"
 BOOTSTRAP_HINT = "run: bash containers/bootstrap.sh"
 
 
@@ -67,26 +72,41 @@ def require_image(client: Any) -> str:
     return name
 
 
-def obtain_base(client: Any, base_tar: Path | None) -> str:
-    """Returns the name of a base that the daemon has now."""
+def obtain_base(client: Any) -> str:
+    """Returns the name of a base that the daemon has now: found, pulled, or made of this machine's Debian packages."""
     import docker
 
     if has_image(client, BASE):
         return BASE
-    if base_tar is not None:
-        digest = hashlib.sha256(base_tar.read_bytes()).hexdigest()[:16]
-        name = f"{LOCAL_BASE}:{digest}"
-        if not has_image(client, name):
-            client.import_image_from_file(str(base_tar), repository=LOCAL_BASE, tag=digest)
-        return name
     try:
-        client.pull(*BASE.split(":"))
-    except docker.errors.APIError as error:
+        for event in client.pull(*BASE.split(":"), stream=True, decode=True):
+            if "error" in event:
+                raise docker.errors.DockerException(event["error"])
+        return BASE
+    except (docker.errors.DockerException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise UserError(
-            f"the base image {BASE} cannot be pulled: {error.explanation}",
-            "on Debian: bash containers/base.sh base.tar, then python -m stages.sandbox image --base-tar base.tar",
-        ) from error
-    return BASE
+            f"the base image {BASE} cannot be pulled: {reason}",
+            "make a registry reachable, or load an image that has Python 3.11 or newer and name it with --base",
+        )
+    return make_base(client)
+
+
+def make_base(client: Any) -> str:
+    """Makes the base out of Debian packages and returns its name; UserError with the script's last words when that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        tar = Path(folder) / "base.tar"
+        done = subprocess.run(["bash", str(BASE_SCRIPT), str(tar)], capture_output=True, text=True)
+        if done.returncode:
+            words = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise UserError(
+                f"no base image could be made of Debian packages: {' '.join(words)}",
+                f"try: bash {BASE_SCRIPT} base.tar",
+            )
+        digest = hashlib.sha256(tar.read_bytes()).hexdigest()[:16]
+        client.import_image_from_file(str(tar), repository=LOCAL_BASE, tag=digest)
+    return f"{LOCAL_BASE}:{digest}"
 
 
 def build(client: Any, base: str) -> str:

@@ -1,0 +1,182 @@
+#!/usr/bin/env bash
+# From a fresh clone to a running flexsink, in one command:
+#     bash containers/bootstrap.sh                          sets up only
+#     bash containers/bootstrap.sh train tiny [ARGUMENTS]   sets up, then runs `flexsink train tiny ARGUMENTS`
+#     bash containers/bootstrap.sh test [PYTEST ARGUMENTS]  sets up with the test tools, then runs lint, types, import contracts and tests
+# What is set up: .venv with the versions of containers/requirements.lock, a Docker daemon, the sandbox image. What is there is kept.
+# pip and apt use their own settings: a private certificate authority, an index or a folder of wheels go into PIP_CERT, PIP_INDEX_URL,
+# PIP_FIND_LINKS and the like. PYTHON names the Python to use. Needs Python 3.11 to 3.13; for Docker either a daemon that answers, or root on
+# Debian.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {  # fail MESSAGE HINT
+    printf 'error: %s\nhint: %s\n' "$1" "$2" >&2
+    exit 2
+}
+now() { date +%s.%N; }
+since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f", b - a }'; }
+is_root() { [ "$(id -u)" = 0 ]; }
+
+# --- Python -------------------------------------------------------------------------------------------------------------------------
+
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+find_python() {
+    local name
+    if [ -n "${PYTHON:-}" ]; then
+        supported "$PYTHON" || fail "PYTHON=$PYTHON is no Python 3.11, 3.12 or 3.13" "set PYTHON to one, or unset it"
+        echo "$PYTHON"
+        return
+    fi
+    for name in python3 python3.12 python3.11 python3.13; do
+        if command -v "$name" >/dev/null && supported "$name"; then
+            command -v "$name"
+            return
+        fi
+    done
+    fail "no Python 3.11, 3.12 or 3.13 (python3 is $(python3 --version 2>&1 || true))" \
+        "on Debian 12 or newer: apt-get install python3 python3-venv; elsewhere set PYTHON to one"
+}
+
+make_venv() {
+    [ -x .venv/bin/python ] && supported .venv/bin/python && return
+    rm -rf .venv
+    if ! "$python" -m venv .venv >/dev/null 2>&1; then
+        rm -rf .venv
+        is_root && command -v apt-get >/dev/null || fail "$python cannot make a virtual environment" "install python3-venv"
+        apt_install python3-venv
+        "$python" -m venv .venv
+    fi
+}
+
+install_python() {
+    local locks=(containers/requirements.lock) wanted
+    [ "$mode" = test ] && locks+=(containers/requirements-test.lock)
+    wanted=$(cat "${locks[@]}" pyproject.toml | sha256sum | cut -d' ' -f1)
+    if [ -f .venv/flexsink-installed ] && grep -qx "$wanted" .venv/flexsink-installed; then
+        return
+    fi
+    make_venv
+    echo "installing Python packages ..."
+    # Compiling on first import instead of all at once saves half a minute on 2 cores.
+    .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off --no-compile \
+        "${locks[@]/#/-r}"
+    .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps --no-build-isolation -e .
+    echo "$wanted" >> .venv/flexsink-installed
+    # The test tools come on top of the others: what suffices to test suffices to run.
+    cat containers/requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1 >> .venv/flexsink-installed
+}
+
+# --- Docker -------------------------------------------------------------------------------------------------------------------------
+
+DOCKER_LOG=/var/log/flexsink-dockerd.log
+
+docker_answers() {
+    "$python" - <<'PYTHON'
+import os, socket, sys
+host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+if not host.startswith("unix://"):
+    sys.exit(0)  # the client that builds the image will say
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.settimeout(5)
+    try:
+        connection.connect(host.removeprefix("unix://"))
+        connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")
+        sys.exit(b" 200 " not in connection.recv(64))
+    except OSError:
+        sys.exit(1)
+PYTHON
+}
+
+apt_install() {
+    (
+        flock 9  # Python and Docker are set up side by side
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get -qq update >/dev/null
+        apt-get -qq install -y --no-install-recommends "$@" >/dev/null
+    ) 9> /tmp/flexsink-apt.lock
+}
+
+start_dockerd() {  # start_dockerd OPTIONS: true when a daemon answers within 30 s
+    local pid
+    setsid dockerd "$@" >> "$DOCKER_LOG" 2>&1 < /dev/null &
+    pid=$!
+    for _ in $(seq 150); do
+        docker_answers && return 0
+        kill -0 "$pid" 2>/dev/null || return 1
+        sleep 0.2
+    done
+    kill "$pid" 2>/dev/null
+    return 1
+}
+
+see_to_docker() {
+    docker_answers && return
+    if [ -n "${DOCKER_HOST:-}" ]; then
+        fail "no Docker daemon answers at DOCKER_HOST=$DOCKER_HOST" "start it, or unset DOCKER_HOST"
+    fi
+    if ! is_root; then
+        if [ -S /var/run/docker.sock ]; then
+            fail "$(id -un) may not use Docker" "as root: usermod -aG docker $(id -un); then log in again"
+        fi
+        fail "no Docker daemon answers" "start Docker (systemctl start docker), or run this script as root on Debian"
+    fi
+    if ! command -v dockerd >/dev/null; then
+        command -v apt-get >/dev/null || fail "Docker is not installed" "install it, then run this script again"
+        echo "installing docker.io ..."
+        apt_install docker.io || fail "apt-get could not install docker.io" "look at: apt-get install docker.io"
+        sleep 1  # where there is systemd, the package starts the daemon
+    fi
+    if [ -d /run/systemd/system ]; then
+        systemctl start docker 2>/dev/null || true
+        for _ in $(seq 50); do
+            docker_answers && return
+            sleep 0.2
+        done
+    fi
+    docker_answers && return
+    echo "starting dockerd (log: $DOCKER_LOG) ..."
+    # Sandboxes have no network: where the kernel has no bridges or firewall, the daemon does without. vfs works on every file system.
+    start_dockerd || start_dockerd --iptables=false --ip6tables=false --bridge=none ||
+        start_dockerd --iptables=false --ip6tables=false --bridge=none --storage-driver=vfs ||
+        fail "dockerd does not start: $(grep -v level=info "$DOCKER_LOG" | tail -n 1)" "look at $DOCKER_LOG"
+}
+
+# --- Everything ---------------------------------------------------------------------------------------------------------------------
+
+mode=${1:-setup}
+[ $# -gt 0 ] && shift
+case "$mode" in
+    setup | train | test) ;;
+    *) fail "bootstrap.sh $mode" "give nothing, train PRESET or test" ;;
+esac
+
+start=$(now)
+python=$(find_python)
+see_to_docker &
+docker_job=$!
+install_python
+wait "$docker_job"
+install_s=$(since "$start")
+
+start=$(now)
+.venv/bin/python -m stages.sandbox image
+build_s=$(since "$start")
+
+start=$(now)
+status=0
+case "$mode" in
+    train) .venv/bin/flexsink train "$@" || status=$? ;;
+    test)
+        steps=("ruff check ." "ruff format --check ." "mypy" "lint-imports" "python -m pytest $*")
+        for step in "${steps[@]}"; do
+            echo "+ $step"
+            # shellcheck disable=SC2086
+            PATH=$PWD/.venv/bin:$PATH $step || { status=$?; echo "failed: $step" >&2; }
+        done
+        ;;
+esac
+run_s=$(since "$start")
+echo "install ${install_s} s, build ${build_s} s, run ${run_s} s"
+exit "$status"
