@@ -17,6 +17,30 @@ BROKEN = FINAL + "```python\ndef strategy(board:\n```<|return|>"
 CRASHES = FINAL + "```python\ndef strategy(board):\n    raise ValueError\n```<|return|>"
 CUT_SHORT = FINAL + "```python\ndef strategy(board):\n    return 'A'"
 FOREIGN = FINAL + "```python\nimport os\ndef strategy(board):\n    return 'A'\n```<|return|>"
+LOOPS = (
+    FINAL
+    + """```python
+calls = 0
+def strategy(board):
+    global calls
+    calls += 1
+    while calls > 60:
+        pass
+    return "AWDS"[calls % 4]
+```<|return|>"""
+)
+CHEATS = (
+    FINAL
+    + """```python
+import random
+def strategy(board):
+    for row in board:
+        row[:] = [2048] * len(row)
+    random.seed = random.random = lambda *a: 0.0
+    globals()["done"] = True
+    return "W"
+```<|return|>"""
+)
 COMPLETIONS = [LEFT_UP, QUITS, LEFT_UP, BROKEN, RANDOM, CUT_SHORT, LEFT_UP, RANDOM]  # two groups of four
 REWARDS = ("works", "no_cheating", "strategy")
 
@@ -46,7 +70,7 @@ def prepared(folder, completions=COMPLETIONS, **task):
     """A run whose load and rollout are done."""
     config = RunConfig(
         task=TaskConfig(options=tuple({"games": 3, "max_moves": 60, **task}.items())),
-        sandbox=SandboxConfig(containers=2, cpu_s=3.0),
+        sandbox=SandboxConfig(containers=2, cpu_s=1.0),
     )
     run = RunDir.create(folder, config)
     rows = [rollout_row(0, number, completion) for number, completion in enumerate(completions)]
@@ -161,7 +185,7 @@ def test_the_stage_needs_no_torch():
 
 @pytest.mark.docker
 def test_real_sandboxes_give_the_verdicts_of_the_pipes_and_catch_what_the_pipes_let_pass(tmp_path):
-    completions = [*COMPLETIONS, CRASHES, FOREIGN]
+    completions = [*COMPLETIONS, CRASHES, FOREIGN, LOOPS, CHEATS]
     behind_pipes, config = prepared(tmp_path / "pipes")
     expected = scored(behind_pipes, config, pipes(config))
     run, config = prepared(tmp_path / "docker", completions)
@@ -171,9 +195,15 @@ def test_real_sandboxes_give_the_verdicts_of_the_pipes_and_catch_what_the_pipes_
     for row, same in zip(rows, expected, strict=False):
         if row["outcome"] == "ok":
             assert row == same
-    assert [row["outcome"] for row in rows[8:]] == ["crash", "foreign_import"]
-    assert rows[8]["reward"] < rows[1]["reward"]
-    assert rows[9]["reward"] == -5
+    crashes, foreign, loops, cheats = rows[8:]
+    assert [row["outcome"] for row in rows[8:11]] == ["crash", "foreign_import", "timeout"]
+    assert crashes["reward"] < rows[1]["reward"]
+    assert foreign["reward"] == -5
+    assert {game["state"] for game in loops["games"]} == {"timeout"}
+    assert {game["moves"] > 5 for game in loops["games"]} == {True}
+    assert loops["reward"] > rows[1]["reward"]
+    assert cheats["reward"] < rows[0]["reward"]
+    assert all(game["state"] != "won" for game in cheats["games"])
     again, config = prepared(tmp_path / "again", completions)
     with Session() as session:
         execute(again, config, StageId("score", 0), score.run, session)
