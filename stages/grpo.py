@@ -1,8 +1,9 @@
-"""Group-relative policy optimisation: advantages, the clipped loss, the KL to a reference. Tensors in, loss and metrics out.
+"""Group-relative policy optimisation: advantages, the clipped loss, the KL to a reference. Tensors in, loss and metrics
+out.
 
-Source: Shao et al. 2024, "DeepSeekMath" (GRPO); the clipped ratio is PPO's (Schulman et al. 2017); the KL estimator is k3 of
-Schulman 2020, "Approximating KL Divergence". Shapes: P prompts, G completions of each, N completions of a batch, T tokens.
-Log-probabilities are natural logs. What is averaged over what: tokens within a completion, then completions.
+Source: Shao et al. 2024, "DeepSeekMath" (GRPO); the clipped ratio is PPO's (Schulman et al. 2017); the KL estimator is
+k3 of Schulman 2020, "Approximating KL Divergence". Shapes: P prompts, G completions of each, N completions of a batch,
+T tokens. Log-probabilities are natural logs. What is averaged over what: tokens within a completion, then completions.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ STD_FLOOR = 1e-4  # groups whose rewards spread less than this carry no signal; 
 def advantages(rewards_P_G: Tensor) -> Tensor:
     """How much better than its group each completion did, in standard deviations: [P, G].
 
-    A group whose rewards are all alike has no signal: its advantages are 0. The standard deviation is the sample's (n - 1).
-    Raises ValueError on groups of one, which cannot be compared with anything.
+    A group whose rewards are all alike has no signal: its advantages are 0. The standard deviation is the sample's (n -
+    1). Raises ValueError on groups of one, which cannot be compared with anything.
     """
     if rewards_P_G.dim() != 2 or rewards_P_G.shape[1] < 2:
         raise ValueError(f"advantages need rewards [P, G] with G of 2 or more, got {tuple(rewards_P_G.shape)}")
@@ -34,7 +35,7 @@ def kl_to_reference(policy_logprobs: Tensor, reference_logprobs: Tensor) -> Tens
 
 @dataclass
 class LossMetrics:
-    """Sums over the completions and tokens of a batch, so that micro-batches add up; `means` turns them into figures."""
+    """Sums over a batch's completions and tokens, so that micro-batches add up; `means` turns them into figures."""
 
     completions: int = 0
     tokens: int = 0
@@ -60,7 +61,7 @@ class LossMetrics:
         )
 
     def means(self) -> dict[str, float]:
-        """loss, kl, clip_fraction, ratio_mean, ratio_std, ratio_min, ratio_max; ratios are those before any clipping."""
+        """loss, kl, clip_fraction and ratio_{mean,std,min,max}; ratios are those before any clipping."""
         tokens = max(self.tokens, 1)
         mean = self.ratio / tokens if self.tokens else 1.0
         return {
@@ -87,10 +88,11 @@ def grpo_loss(
 ) -> tuple[Tensor, LossMetrics]:
     """The clipped GRPO loss of a batch (a scalar whose gradient is wanted) and its metrics.
 
-    policy_logprobs [N, T] with gradient; old_logprobs [N, T] of the same tokens before this iteration's first step; advantages
-    [N]; loss_mask bool [N, T], False off the completion; num_completions: of the whole optimizer step, so that the losses of
-    its micro-batches add up to its loss. The ratio is clipped to [1 - clip, 1 + clip], pessimistically. `kl` weighs the k3 KL
-    to reference_logprobs [N, T]. Raises ValueError when kl is asked for without a reference.
+    policy_logprobs [N, T] with gradient; old_logprobs [N, T] of the same tokens before this iteration's first step;
+    advantages [N]; loss_mask bool [N, T], False off the completion; num_completions: of the whole optimizer step, so
+    that the losses of its micro-batches add up to its loss. The ratio is clipped to [1 - clip, 1 + clip],
+    pessimistically. `kl` weighs the k3 KL to reference_logprobs [N, T]. Raises ValueError when kl is asked for without
+    a reference.
     """
     if kl and reference_logprobs is None:
         raise ValueError(f"a KL weight of {kl} needs reference_logprobs")
@@ -125,8 +127,8 @@ def grpo_loss(
 def learning_rate_at(step: int, *, peak: float, warmup_steps: int, schedule_steps: int) -> float:
     """The learning rate of optimizer step `step`, from 0: linear warm-up, then linear decay to zero at schedule_steps.
 
-    schedule_steps 0 keeps it at its peak. The schedule's length is its own, not the run's, so that a run can be made longer
-    without changing its past.
+    schedule_steps 0 keeps it at its peak. The schedule's length is its own, not the run's, so that a run can be made
+    longer without changing its past.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)

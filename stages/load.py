@@ -2,15 +2,15 @@
 
     python -m stages.load --run-dir R
 
-Writes model.json: architecture, how the weights are held, and the sha256 of every file of the checkpoint. The weights stay
-where they are: a later stage, in this process or another, builds its Policy from the same checkpoint and is refused when a
-digest differs.
+Writes model.json: architecture, how the weights are held, and the sha256 of every file of the checkpoint. The weights
+stay where they are: a later stage, in this process or another, builds its Policy from the same checkpoint and is
+refused when a digest differs.
 """
 
 import json
 import time
 
-from stages.artifacts import Progress, StageContext
+from stages.artifacts import StageContext
 from stages.artifacts.command import main as command_main
 from stages.model.policy import open_policy
 
@@ -35,7 +35,11 @@ def run(context: StageContext) -> None:
             "sliding_window": config.sliding_window,
             "vocab_size": config.vocab_size,
         },
-        "held_as": {"experts": context.config.model.experts, "dense": context.config.model.dense, "dtype": str(policy.dtype)},
+        "held_as": {
+            "experts": context.config.model.experts,
+            "dense": context.config.model.dense,
+            "dtype": str(policy.dtype),
+        },
         "weight_bytes": policy.weight_bytes(),
         "adapter": {
             "rank": policy.lora_rank,
@@ -46,7 +50,7 @@ def run(context: StageContext) -> None:
     }
     (context.out / "model.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     context.timings.append({"what": "load", "seconds": time.perf_counter() - started})
-    context.report(Progress(str(context.stage), 1, 1, "model", {"MB": f"{policy.weight_bytes() / 1e6:.1f}"}))
+    context.progress(1, 1, "model", MB=round(policy.weight_bytes() / 1e6, 1))
 
 
 def main() -> None:

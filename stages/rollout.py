@@ -2,14 +2,14 @@
 
     python -m stages.rollout --run-dir R --iteration 3
 
-Writes rollouts-*.parquet. Every finished completion is journalled at once, so a killed rollout goes on with what is missing,
-and since a completion's tokens depend on its own seed alone, the result is the same.
+Writes rollouts-*.parquet. Every finished completion is journalled at once, so a killed rollout goes on with what is
+missing, and since a completion's tokens depend on its own seed alone, the result is the same.
 """
 
 import time
 from dataclasses import asdict
 
-from stages.artifacts import Journal, Progress, StageContext, derive
+from stages.artifacts import StageContext, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import ROLLOUTS, write_parts
 from stages.engine import Completion, Engine, Request, SamplingParams
@@ -48,7 +48,7 @@ def run(context: StageContext) -> None:
                 "prompt": policy.decode(prompt_ids),
             }
 
-    journal = Journal(context.out / "completions.journal")
+    journal = context.journal("completions")
     finished: dict[str, dict[str, object]] = {str(record["completion_id"]): record for record in journal.records()}
     missing = [request for request in requests if request.completion_id not in finished]
     num_tokens, started = 0, time.perf_counter()
@@ -65,24 +65,25 @@ def run(context: StageContext) -> None:
 
     def report() -> None:
         rate = num_tokens / max(time.perf_counter() - started, 1e-9)
-        fields: dict[str, float | str] = {"tokens/s": round(rate)}
-        context.report(Progress(str(context.stage), len(finished), len(requests), "completions", fields))
+        context.progress(len(finished), len(requests), "completions", **{"tokens/s": round(rate)})
 
     report()
     if missing:
         engine = Engine(policy, max_slots=config.rollout.max_slots, max_new_tokens=config.rollout.max_new_tokens)
         engine.run(missing, on_finished=keep, on_step=count)
     seconds = time.perf_counter() - started
-    context.timings.append({"what": "sample", "seconds": seconds, "tokens_per_s": num_tokens / max(seconds, 1e-9)})
+    rate = num_tokens / max(seconds, 1e-9)
+    context.timings.append({"what": "sample", "seconds": seconds, "num_tokens": num_tokens, "tokens_per_s": rate})
 
     for completion_id, row in rows.items():
         record = finished[completion_id]
         ids = record["completion_ids"]
         assert isinstance(ids, list | tuple)
-        row |= {name: record[name] for name in ("prompt_ids", "completion_ids", "engine_logprobs", "finish_reason", "seed")}
+        row |= {
+            name: record[name] for name in ("prompt_ids", "completion_ids", "engine_logprobs", "finish_reason", "seed")
+        }
         row |= {"completion": policy.decode(ids), "num_tokens": len(ids)}
     write_parts(context.out, "rollouts", [rows[completion_id] for completion_id in sorted(rows)], ROLLOUTS)
-    journal.path.unlink()
 
 
 def main() -> None:

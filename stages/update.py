@@ -3,26 +3,29 @@
     python -m stages.update --run-dir R --iteration 3
 
 Writes the checkpoint (adapter in PEFT's layout, optimizer.safetensors, state.json: what the next update goes on from),
-metrics.parquet (one row an optimizer step) and samples.parquet (what each completion was trained with). The completions are
-dealt into `update.steps` batches; each is one optimizer step, its gradient accumulated over micro-batches.
+metrics.parquet (one row an optimizer step) and samples.parquet (what each completion was trained with). The completions
+are dealt into `update.steps` batches; each is one optimizer step, its gradient accumulated over micro-batches.
 """
 
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.artifacts import Progress, StageContext, StageId, derive
+from stages.artifacts import StageContext, StageId, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, SCORES, read_table, write_parts
 from stages.config import UpdateConfig, UserError
 from stages.grpo import LossMetrics, advantages, grpo_loss, kl_to_reference, learning_rate_at
 from stages.kernels.logprobs import token_logprobs
 from stages.model.policy import Policy, live_policy
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 
 class Sample(NamedTuple):
@@ -68,7 +71,9 @@ def run(context: StageContext) -> None:
     context.timings.append({"what": "score", "seconds": time.perf_counter() - started})
 
     started = time.perf_counter()
-    policy.version = -1  # neither this version nor the next until all is done: a retry in this process reads it back from disk
+    policy.version = (
+        -1
+    )  # neither this version nor the next until all is done: a retry in this process reads it back from disk
     rows = []
     for index, batch in enumerate(batches):
         rate = learning_rate_at(
@@ -118,15 +123,15 @@ def run(context: StageContext) -> None:
             }
         )
         step += 1
-        fields: dict[str, float | str] = {"loss": round(rows[-1]["loss"], 4), "grad": round(grad_norm, 3)}
-        context.report(Progress(str(context.stage), index + 1, len(batches), "steps", fields))
+        context.progress(index + 1, len(batches), "steps", loss=round(rows[-1]["loss"], 4), grad=round(grad_norm, 3))
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
-    context.timings.append({"what": "train", "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9)})
+    rate = tokens / max(seconds, 1e-9)
+    context.timings.append({"what": "train", "seconds": seconds, "num_tokens": tokens, "tokens_per_s": rate})
 
     policy.version = iteration + 1
     policy.save_adapter(context.out)
-    save_optimizer(context, policy, optimizer, step)
+    save_optimizer(context.out, policy, optimizer, step)
     write_parts(context.out, "metrics", rows, METRICS)
     write_parts(context.out, "samples", sample_rows(batches, old, reference), SAMPLES)
 
@@ -134,7 +139,9 @@ def run(context: StageContext) -> None:
 def read_samples(context: StageContext, iteration: int) -> tuple[list[Sample], list[list[float]]]:
     """The iteration's completions in completion_id order, with advantages; and the rewards of each group."""
     rollouts = read_table(context.input(StageId("rollout", iteration)), "rollouts", ROLLOUTS).to_pylist()
-    scores = read_table(context.input(StageId("score", iteration)), "scores", SCORES).select(["completion_id", "reward"])
+    scores = read_table(context.input(StageId("score", iteration)), "scores", SCORES).select(
+        ["completion_id", "reward"]
+    )
     reward_of = {row["completion_id"]: row["reward"] for row in scores.to_pylist()}
     rollouts.sort(key=lambda row: row["completion_id"])
     groups: dict[int, list[float]] = {}
@@ -200,7 +207,7 @@ def score(policy: Policy, micro: list[Sample], temperature: float) -> Logprobs:
 
 
 def agreement(batch: list[list[Sample]], old: list[Logprobs]) -> tuple[float, dict[str, float]]:
-    """Mean entropy in nats, and how far the engine's log-probabilities lie from the trainer's, over a batch's tokens."""
+    """Mean entropy in nats, and how far the engine's log-probabilities lie from the trainer's, over a batch."""
     entropy, mean, largest, k3, tokens = 0.0, 0.0, 0.0, 0.0, 0
     for micro, (logprobs, token_entropy) in zip(batch, old, strict=True):
         mask = completion_mask(micro, logprobs.device)
@@ -223,27 +230,30 @@ def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=update.learning_rate, weight_decay=update.weight_decay, foreach=False)
 
 
-def save_optimizer(context: StageContext, policy: Policy, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Writes AdamW's moments and torch's random state beside the adapter, and in state.json what they belong to."""
-    tensors = {"rng": torch.get_rng_state()}
-    for name, parameter in policy.parameters():
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            if parameter in optimizer.state:
-                tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].detach().cpu().contiguous()
-    save_file(tensors, context.out / "optimizer.safetensors")
+def save_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.AdamW, step: int) -> None:
+    """Writes AdamW's moments beside the adapter, and in state.json what they belong to.
+
+    There is no generator state to keep: what is random in an update is derived from the seed and the iteration.
+    """
+    tensors = {
+        f"{name}.{moment}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+        for name, parameter in policy.parameters()
+        for moment in MOMENTS
+        if parameter in optimizer.state
+    }
+    save_file(tensors, folder / "optimizer.safetensors")
     state = {"policy_version": policy.version, "optimizer_steps": step}
-    (context.out / "state.json").write_text(json.dumps(state, sort_keys=True) + "\n")
+    (folder / "state.json").write_text(json.dumps(state, sort_keys=True) + "\n")
 
 
-def restore_optimizer(folder: Any, policy: Policy, optimizer: torch.optim.AdamW) -> int:
+def restore_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.AdamW) -> int:
     """Puts back what `save_optimizer` wrote; returns how many optimizer steps there have been."""
     tensors = load_file(folder / "optimizer.safetensors")
-    torch.set_rng_state(tensors["rng"])
     for name, parameter in policy.parameters():
         if f"{name}.step" in tensors:
-            moments = {moment: tensors[f"{name}.{moment}"] for moment in ("exp_avg", "exp_avg_sq", "step")}
+            moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
             optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                moment: value if moment == "step" else value.to(parameter.device) for moment, value in moments.items()
             }
     return int(json.loads((folder / "state.json").read_text())["optimizer_steps"])
 

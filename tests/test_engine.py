@@ -61,7 +61,9 @@ def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def eager_check(eager: GptOssForCausalLM, prompt: tuple[int, ...], completion: Completion) -> tuple[int, float]:
-    """How many greedy tokens agree with eager before its first near tie, and the largest log-probability difference there."""
+    """How many greedy tokens agree with eager before its first near tie, and the largest log-probability difference
+    there.
+    """
     ids = torch.tensor([prompt + completion.completion_ids])
     with torch.no_grad():
         logits = eager(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -221,7 +223,8 @@ def test_random_numbers_belong_to_the_seed_alone() -> None:
 def test_the_scheduler_refills_the_lowest_free_slot_and_frees_a_prompt_after_its_last_sequence() -> None:
     prompts = ((1,), (1,), (2,), (1,))
     requests = [
-        Request(completion_id=str(i), prompt_ids=p, sampling=SamplingParams(max_new_tokens=1)) for i, p in enumerate(prompts)
+        Request(completion_id=str(i), prompt_ids=p, sampling=SamplingParams(max_new_tokens=1))
+        for i, p in enumerate(prompts)
     ]
     scheduler = Scheduler(requests, max_slots=2)
     first, second = scheduler.admit()

@@ -1,8 +1,9 @@
 """Keys and values: a prompt's once for all the completions that share it, a completion's own per slot.
 
-In a full layer a slot holds only its completion's tokens, and the prompt is attended to where it lies. A sliding layer's slot is
-a ring of exactly `window` tokens, token p at p % window, into which the prompt's last tokens are copied at admission.
-Keys are stored with RoPE applied. Shapes: S slots, K key/value heads, C channels, L prompt tokens, W window.
+In a full layer a slot holds only its completion's tokens, and the prompt is attended to where it lies. A sliding
+layer's slot is a ring of exactly `window` tokens, token p at p % window, into which the prompt's last tokens are copied
+at admission. Keys are stored with RoPE applied. Shapes: S slots, K key/value heads, C channels, L prompt tokens, W
+window.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ class LayerCache(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt that has been computed. keys and values, per layer: [K, L, C], or a sliding layer's last min(L, W) tokens."""
+    """A prompt that has been computed. keys and values, per layer: [K, L, C], or a sliding layer's last min(L, W)
+    tokens.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -50,7 +53,9 @@ class Cache:
         self.prompt_of[slot] = prompt_ids
         self.prompt_lengths[slot] = prompt.num_tokens
         tail = min(prompt.num_tokens, self.window)
-        ring = torch.arange(prompt.num_tokens - tail, prompt.num_tokens, device=self.prompt_lengths.device) % self.window
+        ring = (
+            torch.arange(prompt.num_tokens - tail, prompt.num_tokens, device=self.prompt_lengths.device) % self.window
+        )
         for layer, sliding, keys, values in zip(self.layers, self.sliding, prompt.keys, prompt.values, strict=True):
             if sliding:
                 layer.keys[slot, :, ring] = keys

@@ -12,15 +12,16 @@ from stages.engine.scheduler import Scheduler
 from stages.engine.sequence import Completion, Request, SamplingParams, check_unique
 from stages.model.policy import Policy
 
-# Slots are rounded up to this: a matrix product's last, partial tile of rows may take another code path, with other last bits.
+# Slots are rounded up to this: a matrix product's last, partial tile of rows may take another code path, with other
+# last bits.
 ROW_TILE = 16
 
 
 class Engine:
     """Samples completions of many prompts at once on the policy's own weights; holds no memory between runs.
 
-    On the CPU a completion's tokens and log-probabilities are the same bits whoever shares the batch: they depend on its
-    prompt, its sampling parameters, max_slots, max_new_tokens and the policy.
+    On the CPU a completion's tokens and log-probabilities are the same bits whoever shares the batch: they depend on
+    its prompt, its sampling parameters, max_slots, max_new_tokens and the policy.
 
     Example:
         engine = Engine(policy, max_slots=64, max_new_tokens=320)
@@ -46,9 +47,9 @@ class Engine:
     ) -> list[Completion]:
         """One completion for each request, in their order.
 
-        on_finished is called with each completion as soon as it ends; on_step after each step with the number of tokens it
-        sampled. Requests of one prompt should stand together: the prompt is computed once and freed after the last of them.
-        Raises ValueError on a request that cannot be served, before anything is sampled.
+        on_finished is called with each completion as soon as it ends; on_step after each step with the number of tokens
+        it sampled. Requests of one prompt should stand together: the prompt is computed once and freed after the last
+        of them. Raises ValueError on a request that cannot be served, before anything is sampled.
         """
         check_unique(requests)
         for request in requests:
@@ -99,8 +100,8 @@ class Engine:
     ) -> Tensor:
         """Prompts and what follows them, int64 [B, T + new], as transformers' `generate` returns it.
 
-        input_ids int64 [B, T], padded on the left where attention_mask [B, T] is 0; greedy unless `sampling` says otherwise
-        (row b then samples with seed sampling.seed + b). Rows that end early are padded on the right.
+        input_ids int64 [B, T], padded on the left where attention_mask [B, T] is 0; greedy unless `sampling` says
+        otherwise (row b then samples with seed sampling.seed + b). Rows that end early are padded on the right.
         """
         sampling = sampling or SamplingParams(
             max_new_tokens=self.max_new_tokens, temperature=0.0, stop_token_ids=self.policy.stop_token_ids

@@ -1,8 +1,8 @@
 """Tokens through the model: a whole prompt at once, then one token for every slot.
 
-The runner walks the policy's own layers, LoRA included and never merged, so what the trainer changes is what the next token
-sees. Decode always computes all S slots, empty ones too: on the CPU a row's bits then depend on its own sequence alone.
-Shapes: S slots, T tokens, D hidden, H query heads, K key/value heads, C channels, V vocabulary.
+The runner walks the policy's own layers, LoRA included and never merged, so what the trainer changes is what the next
+token sees. Decode always computes all S slots, empty ones too: on the CPU a row's bits then depend on its own sequence
+alone. Shapes: S slots, T tokens, D hidden, H query heads, K key/value heads, C channels, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class Runner:
         return Prompt(keys=all_keys, values=all_values, logits=logits, num_tokens=len(prompt_ids))
 
     def decode(self, cache: Cache, tokens: Tensor, steps: Tensor) -> Tensor:
-        """Logits [S, V] that follow `tokens` int64 [S], each slot's completion token number `steps` int64 [S], from 0."""
+        """Logits [S, V] after `tokens` int64 [S], each its slot's completion token number `steps` int64 [S]."""
         slots = torch.arange(tokens.shape[0], device=tokens.device)
         positions = cache.prompt_lengths + steps
         own_visible = torch.arange(self._own_capacity(cache), device=tokens.device) <= steps[:, None]

@@ -1,8 +1,8 @@
 """Logits to tokens, each row under its own parameters and its own random numbers.
 
-A row's token is the first whose cumulative probability exceeds the row's uniform number, in float64; nothing in a row depends
-on another row. The log-probability is that of the distribution after temperature and filters, so that it is the one the token
-was really drawn from.
+A row's token is the first whose cumulative probability exceeds the row's uniform number, in float64; nothing in a row
+depends on another row. The log-probability is that of the distribution after temperature and filters, so that it is the
+one the token was really drawn from.
 """
 
 import numpy as np

@@ -35,7 +35,8 @@ class Request:
     """One completion asked for.
 
     Example:
-        Request(completion_id="00003-002-005", prompt_ids=(200006, ...), sampling=SamplingParams(max_new_tokens=256, seed=7))
+        Request(completion_id="00003-002-005", prompt_ids=(200006, ...), sampling=SamplingParams(max_new_tokens=256,
+        seed=7))
     """
 
     completion_id: str
@@ -45,8 +46,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One finished completion. engine_logprobs are natural logs under the distribution that was sampled from, filters and all;
-    for greedy sampling, those of temperature 1."""
+    """One finished completion. engine_logprobs are natural logs under the distribution that was sampled from, filters
+    and all; for greedy sampling, those of temperature 1.
+    """
 
     completion_id: str
     prompt_ids: tuple[int, ...]

@@ -1,11 +1,13 @@
 """Attention with learned sinks, as softmax attention times sigmoid(lse - sink) in float32.
 
-A sink is a logit without a value: it takes its share of each softmax and gives nothing back. Dividing it out afterwards is
-exact: exp(s) / (sum exp(s) + exp(sink)) = softmax(s) * sigmoid(lse - sink). So any attention that returns its log-sum-exp
-gets sinks for two more operations, differentiable ones, and partial results over pieces of the keys merge by their lse before
-the sink is applied (`attend`, `merge`, `apply_sinks`): a group's shared prompt is attended to apart from each completion.
+A sink is a logit without a value: it takes its share of each softmax and gives nothing back. Dividing it out afterwards
+is exact: exp(s) / (sum exp(s) + exp(sink)) = softmax(s) * sigmoid(lse - sink). So any attention that returns its
+log-sum-exp gets sinks for two more operations, differentiable ones, and partial results over pieces of the keys merge
+by their lse before the sink is applied (`attend`, `merge`, `apply_sinks`): a group's shared prompt is attended to apart
+from each completion.
 
-Covers: plain PyTorch paths with gradients on any device. Does not cover yet: flex_attention and Triton paths for the GPU.
+Covers: plain PyTorch paths with gradients on any device. Does not cover yet: flex_attention and Triton paths for the
+GPU.
 """
 
 from typing import NamedTuple
@@ -35,7 +37,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, visible: 
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     largest = scores.detach().amax(-1, keepdim=True)
-    exponentials = torch.exp(scores - largest.clamp(min=torch.finfo(torch.float32).min))  # a row of -inf must not become NaN
+    exponentials = torch.exp(
+        scores - largest.clamp(min=torch.finfo(torch.float32).min)
+    )  # a row of -inf must not become NaN
     total = exponentials.sum(-1, keepdim=True)
     out = (exponentials / total.clamp(min=torch.finfo(torch.float32).tiny)).to(value.dtype) @ value
     return Partial(out, (largest + torch.log(total)).squeeze(-1))
@@ -70,16 +74,16 @@ def sink_attention(
 ) -> Tensor:
     """Causal attention with sinks over whole sequences: [B, H, T, C].
 
-    query [B, H, T, C]; key, value [B, K, L, C] with L >= T, the last query being the last key's; sinks [H]; window: how many
-    keys a query sees, itself included, None for all before it; key_mask: bool [B, L], False hides padding. Queries are taken
-    QUERY_CHUNK at a time, and a windowed chunk reads only the keys it can see. A row that sees nothing gives 0. Raises
-    ValueError on shapes that do not fit.
+    query [B, H, T, C]; key, value [B, K, L, C] with L >= T, the last query being the last key's; sinks [H]; window: how
+    many keys a query sees, itself included, None for all before it; key_mask: bool [B, L], False hides padding. Queries
+    are taken QUERY_CHUNK at a time, and a windowed chunk reads only the keys it can see. A row that sees nothing gives
+    0. Raises ValueError on shapes that do not fit.
     """
     batch, heads, num_queries, channels = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     if heads % kv_heads or key.shape != value.shape or num_keys < num_queries or sinks.shape != (heads,):
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, sinks {tuple(sinks.shape)}"
-        raise ValueError(f"attention shapes do not fit: {shapes}")
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value, sinks))
+        raise ValueError(f"shapes of query, key, value and sinks do not fit: {shapes}")
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, num_queries, channels)
     offset = num_keys - num_queries
     outs = []
@@ -94,6 +98,8 @@ def sink_attention(
             visible = visible & (key_at > query_at - window)
         if key_mask is not None:
             visible = visible & key_mask[:, None, None, None, keys]
-        partial = attend(grouped[..., start:stop, :], key[:, :, None, keys], value[:, :, None, keys], scale=scale, visible=visible)
+        partial = attend(
+            grouped[..., start:stop, :], key[:, :, None, keys], value[:, :, None, keys], scale=scale, visible=visible
+        )
         outs.append(apply_sinks(partial, sinks.view(1, kv_heads, -1, 1)))
     return torch.cat(outs, dim=-2).reshape(batch, heads, num_queries, channels)

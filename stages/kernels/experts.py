@@ -1,11 +1,13 @@
-"""Mixture of experts as gpt-oss has it: top-k routing, clamped SwiGLU, weights dense or MXFP4, factored LoRA beside them.
+"""Mixture of experts as gpt-oss has it: top-k routing, clamped SwiGLU, weights dense or MXFP4, factored LoRA beside
+them.
 
-Two paths that compute the same function:
-- `experts`: each expert works on just the tokens that chose it. For prefill and training; gradients reach the input, the
+Two paths that compute the same function: - `experts`: each expert works on just the tokens that chose it. For prefill
+and training; gradients reach the input, the
   routing weights and the LoRA factors, never the frozen weights.
-- `experts_fixed_shape`: every expert works on every row, and what was not chosen is weighted 0. For decode on the CPU, where a
-  row's bits depend on the number of rows in its matrix product: at a fixed number of rows they are the same whoever shares
-  the batch. It costs E / k times the arithmetic of the first.
+- `experts_fixed_shape`: every expert works on every row, and what was not chosen is weighted 0. For decode on the CPU,
+where a
+  row's bits depend on the number of rows in its matrix product: at a fixed number of rows they are the same whoever
+  shares the batch. It costs E / k times the arithmetic of the first.
 
 MXFP4 weights stay packed; one expert at a time is unpacked while it is used, in forward and again in backward.
 """
@@ -29,6 +31,7 @@ class ExpertWeight(Protocol):
 
     bias: Tensor  # [E, out]
     num_experts: int
+    packed: bool  # whether `matrix` unpacks, so that backward calls it again rather than keep its result
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         """Expert's matrix [in, out] in `dtype`."""
@@ -38,14 +41,11 @@ class ExpertWeight(Protocol):
         """All matrices, [E, in, out] in `dtype`."""
         ...
 
-    @property
-    def packed(self) -> bool:
-        """Whether `matrix` unpacks (and so must be called again in backward rather than its result be kept)."""
-        ...
-
 
 def swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
-    """(up + 1) * gate * sigmoid(alpha * gate) [..., F] of gate_up [..., 2F], even columns gates, odd columns ups, clamped."""
+    """(up + 1) * gate * sigmoid(alpha * gate) [..., F] of gate_up [..., 2F], even columns gates, odd columns ups,
+    clamped.
+    """
     gate = gate_up[..., 0::2].clamp(max=limit)
     up = gate_up[..., 1::2].clamp(-limit, limit)
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
@@ -55,12 +55,12 @@ class _FrozenProduct(torch.autograd.Function):
     """rows @ weight.matrix(expert), which keeps no unpacked matrix for its backward."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: ExpertWeight, expert: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, rows: Tensor, weight: ExpertWeight, expert: int) -> Tensor:
         ctx.weight, ctx.expert = weight, expert
         return rows @ weight.matrix(expert, rows.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad @ ctx.weight.matrix(ctx.expert, grad.dtype).mT, None, None
 
 
@@ -115,7 +115,7 @@ def experts_fixed_shape(
     alpha: float,
     limit: float,
 ) -> Tensor:
-    """As `experts`, with matrix products whose shapes depend on N alone, never on who was routed where. No gradients."""
+    """As `experts`, with matrix products whose shapes depend on N alone, not on who was routed where; no gradients."""
     rows = hidden.expand(gate_up.num_experts, -1, -1)
     inner = swiglu(_project_all(rows, gate_up, gate_up_lora), alpha=alpha, limit=limit)
     out = _project_all(inner, down, down_lora)

@@ -11,7 +11,7 @@ CHUNK_BYTES = 64 << 20  # of float32 logits at once; 64 MB is 83 rows of gpt-oss
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, unembedding, targets, temperature, chunk):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden, unembedding, targets, temperature, chunk):
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         normalizers = torch.empty_like(logprobs)
@@ -28,7 +28,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _grad_entropy):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_logprobs, _grad_entropy):
         hidden, unembedding, targets, normalizers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
@@ -45,9 +45,10 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Natural log-probability float32 [N] of each target, and the entropy float32 [N], in nats, of its distribution.
 
-    hidden [N, D]; unembedding [V, D], frozen: no gradient reaches it; targets int64 [N]; logits are divided by `temperature`.
-    Gradients flow through the log-probabilities, not through the entropy. Memory: `chunk` rows of logits (by default as many as
-    fit CHUNK_BYTES), in forward and backward alike. Raises ValueError on a temperature that is not positive.
+    hidden [N, D]; unembedding [V, D], frozen: no gradient reaches it; targets int64 [N]; logits are divided by
+    `temperature`. Gradients flow through the log-probabilities, not through the entropy. Memory: `chunk` rows of logits
+    (by default as many as fit CHUNK_BYTES), in forward and backward alike. Raises ValueError on a temperature that is
+    not positive.
     """
     if not temperature > 0:
         raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")

@@ -1,6 +1,7 @@
 """Plain PyTorch versions of every kernel, written for reading: the oracles of the tests. Nothing here is fast.
 
-Shapes as in the package's docstring. Run them in float64 to judge an error, in bfloat16 to learn what error is unavoidable.
+Shapes as in the package's docstring. Run them in float64 to judge an error, in bfloat16 to learn what error is
+unavoidable.
 """
 
 import torch
@@ -50,8 +51,8 @@ def experts(
 ) -> Tensor:
     """The weighted sum [N, D] of each token's chosen experts, one token and one expert at a time.
 
-    hidden [N, D]; indices, weights [N, k]; gate_up [E, D, 2F], down [E, F, D] and their biases [E, 2F], [E, D]. LoRA is added
-    to gate_up and down by the caller: W + scale * A^T B^T.
+    hidden [N, D]; indices, weights [N, k]; gate_up [E, D, 2F], down [E, F, D] and their biases [E, 2F], [E, D]. LoRA is
+    added to gate_up and down by the caller: W + scale * A^T B^T.
     """
     rows = []
     for token, chosen, routing in zip(hidden, indices.tolist(), weights, strict=True):
@@ -63,7 +64,11 @@ def experts(
     return torch.stack(rows)
 
 
-def token_logprobs(hidden: Tensor, unembedding: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Natural log-probability [N] of each target, and the entropy [N] of its distribution, from the whole [N, V] matrix."""
+def token_logprobs(
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Natural log-probability [N] of each target, and the entropy [N] of its distribution, from the whole [N, V]
+    matrix.
+    """
     logprobs = (hidden @ unembedding.mT / temperature).log_softmax(-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)

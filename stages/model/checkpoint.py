@@ -1,7 +1,8 @@
 """Reading a gpt-oss checkpoint: from a hub id or a folder, checked before a byte of weights is used.
 
-Format: config.json (model_type gpt_oss), safetensors files with or without an index, tokenizer files; experts either MXFP4
-(`..._blocks`, `..._scales`, as published) or dense. What is wrong is named: file, tensor, shape found and shape needed.
+Format: config.json (model_type gpt_oss), safetensors files with or without an index, tokenizer files; experts either
+MXFP4 (`..._blocks`, `..._scales`, as published) or dense. What is wrong is named: file, tensor, shape found and shape
+needed.
 """
 
 import hashlib
@@ -29,12 +30,16 @@ def locate(source: str) -> Path:
         return folder
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).parent.is_dir()
     if looks_local:
-        raise UserError(f"no checkpoint folder {source}", "model.source is a folder or a hub id such as openai/gpt-oss-20b")
+        raise UserError(
+            f"no checkpoint folder {source}", "model.source is a folder or a hub id such as openai/gpt-oss-20b"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         # original/ and metal/ hold the same weights in other formats.
-        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES), ignore_patterns=["original/*", "metal/*"]))
+        return Path(
+            snapshot_download(source, allow_patterns=list(HUB_FILES), ignore_patterns=["original/*", "metal/*"])
+        )
     except Exception as error:  # the hub raises requests', httpx's and its own errors alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the id and the network, or set model.source to a folder that holds the checkpoint"
@@ -42,12 +47,14 @@ def locate(source: str) -> Path:
 
 
 def read_config(folder: Path) -> Any:
-    """The checkpoint's GptOssConfig. Raises UserError when config.json is missing, broken or of another architecture."""
+    """The checkpoint's GptOssConfig; UserError when config.json is missing, broken or of another architecture."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json", "model.source must be a folder written by save_pretrained") from None
+        raise UserError(
+            f"{folder} has no config.json", "model.source must be a folder that save_pretrained wrote"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}", "copy the checkpoint again") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "gpt_oss":
@@ -149,7 +156,9 @@ class Checkpoint:
                         )
                     packed = name.endswith(("_blocks", "_scales"))
                     if packed != (tensor.get_dtype() == "U8"):
-                        raise UserError(f"{name} in {path} has type {tensor.get_dtype()}", "MXFP4 blocks and scales are U8")
+                        raise UserError(
+                            f"{name} in {path} has type {tensor.get_dtype()}", "MXFP4 blocks and scales are U8"
+                        )
 
 
 def _open(path: Path) -> Any:

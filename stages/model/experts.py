@@ -1,7 +1,7 @@
 """The experts of one gpt-oss layer as a module: frozen weights, dense or MXFP4, and factored LoRA beside them.
 
-Takes the place of transformers' GptOssExperts (same call, same parameter names for dense weights) because that one can hold
-neither packed weights nor factored LoRA.
+Takes the place of transformers' GptOssExperts (same call, same parameter names for dense weights) because that one can
+hold neither packed weights nor factored LoRA.
 """
 
 from typing import Any
@@ -16,12 +16,14 @@ from stages.model.mxfp4 import Mxfp4, dequantize
 class DenseWeight(nn.Module):
     """E matrices kept as [E, in, out], transformers' orientation."""
 
+    packed = False
+    bias: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)  # [E, in, out]
         self.bias = nn.Parameter(bias, requires_grad=False)  # [E, out]
         self.num_experts, self.in_features, self.out_features = weight.shape
-        self.packed = False
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         return self.weight[expert].to(dtype)
@@ -33,14 +35,16 @@ class DenseWeight(nn.Module):
 class PackedWeight(nn.Module):
     """E matrices kept as MXFP4 [E, out, in / 32, 16], the checkpoint's own bytes."""
 
+    packed = True
+    bias: Tensor
+
     def __init__(self, quantized: Mxfp4, bias: Tensor) -> None:
         super().__init__()
-        self.register_buffer("blocks", quantized.blocks)  # uint8 [E, out, in / 32, 16]
-        self.register_buffer("scales", quantized.scales)  # uint8 [E, out, in / 32]
+        self.blocks = nn.Buffer(quantized.blocks)  # uint8 [E, out, in / 32, 16]
+        self.scales = nn.Buffer(quantized.scales)  # uint8 [E, out, in / 32]
         self.bias = nn.Parameter(bias, requires_grad=False)  # [E, out]
         self.num_experts, self.out_features = quantized.blocks.shape[:2]
         self.in_features = quantized.scales.shape[2] * 32
-        self.packed = True
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         return dequantize(self.blocks[expert], self.scales[expert], dtype).mT

@@ -33,9 +33,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, H, T, C] in, [B, T, H, C] out."""
-    out = sink_attention(
-        query, key, value, s_aux, scale=scaling, window=sliding_window, key_mask=attention_mask
-    )
+    out = sink_attention(query, key, value, s_aux, scale=scaling, window=sliding_window, key_mask=attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -53,8 +51,8 @@ def build(
 ) -> GptOssForCausalLM:
     """The checkpoint's model in eval mode; every parameter is frozen.
 
-    experts: "mxfp4" keeps the checkpoint's blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay dense
-    in both. Norms stay float32 in every dtype, as transformers keeps them.
+    experts: "mxfp4" keeps the checkpoint's blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay
+    dense in both. Norms stay float32 in every dtype, as transformers keeps them.
     """
     config = checkpoint.config
     config._attn_implementation = ATTENTION_NAME
@@ -73,7 +71,7 @@ def build(
         setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, wanted), requires_grad=False))
     for layer, parts in stacks.items():
         weights = [_weight(parts, name, keep=experts == "mxfp4", dtype=dtype) for name in ("gate_up_proj", "down_proj")]
-        model.get_submodule(layer).mlp.experts = Experts(*weights, config=config)
+        model.get_submodule(f"{layer}.mlp").experts = Experts(*weights, config=config)
     remaining = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not remaining, f"never loaded: {remaining}"
     return model.eval()

@@ -1,8 +1,8 @@
 """LoRA on attention and experts, and its files in PEFT's layout so that PEFT loads what we write.
 
-Source: Hu et al. 2021, "LoRA"; the key layout is that of peft 0.21 for `target_modules` (linear layers) and `target_parameters`
-(stacked experts: A [r * E, in] expert-major, B [out, r * E] expert-minor; the gate_up wrapper lies under the down wrapper's
-`base_layer`, because PEFT wraps one parameter of a module after the other).
+Source: Hu et al. 2021, "LoRA"; the key layout is that of peft 0.21 for `target_modules` (linear layers) and
+`target_parameters` (stacked experts: A [r * E, in] expert-major, B [out, r * E] expert-minor; the gate_up wrapper lies
+under the down wrapper's `base_layer`, because PEFT wraps one parameter of a module after the other).
 
 Does not cover dropout, rank patterns, or DoRA.
 """
@@ -28,7 +28,9 @@ EXPERT_TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 class LoraLinear(nn.Module):
     """base(x) + scale * B A x, with the base layer frozen and whatever it is (dense or NF4)."""
 
-    def __init__(self, base: nn.Module, *, in_features: int, out_features: int, rank: int, scale: float, dtype: torch.dtype):
+    def __init__(
+        self, base: nn.Module, *, in_features: int, out_features: int, rank: int, scale: float, dtype: torch.dtype
+    ):
         super().__init__()
         device = next(base.parameters()).device
         self.base_layer = base
@@ -100,8 +102,9 @@ def peft_name(name: str) -> str:
 
     Example:
         model.layers.0.self_attn.q_proj.a    -> base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
-        model.layers.0.mlp.experts.gate_up_lora.b -> base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight
-        model.layers.0.mlp.experts.down_lora.b -> base_model.model.model.layers.0.mlp.experts.lora_B.weight
+        model.layers.0.mlp.experts.gate_up_lora.b ->
+        base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight model.layers.0.mlp.experts.down_lora.b ->
+        base_model.model.model.layers.0.mlp.experts.lora_B.weight
     """
     stem, factor = name.rsplit(".", 1)
     stem = stem.replace(".experts.gate_up_lora", ".experts.base_layer").replace(".experts.down_lora", ".experts")
@@ -165,4 +168,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 raise UserError(f"{key} in {folder} is {shapes}", "update.lora_rank must be the adapter's own")
             parameter.copy_(from_peft(name, found, parameter))
     if tensors:
-        raise UserError(f"the adapter in {folder} has a tensor the model lacks: {min(tensors)}", "is it of another model?")
+        raise UserError(
+            f"the adapter in {folder} has a tensor the model lacks: {min(tensors)}", "is it of another model?"
+        )

@@ -52,9 +52,9 @@ def quantize(weight: Tensor) -> Mxfp4:
     """The nearest MXFP4 to `weight` [..., K], K a multiple of 32.
 
     Each block takes the better, by squared error, of two scales: the one that puts its largest magnitude in [4, 8) and
-    the one that puts it in [2, 4). The first saturates what exceeds 6, the second spends a bit of range instead. A weight
-    already on the grid comes back with the same values (not always with the same bytes). Raises ValueError on a K that is
-    no multiple of 32 or on values that are not finite.
+    the one that puts it in [2, 4). The first saturates what exceeds 6, the second spends a bit of range instead. A
+    weight already on the grid comes back with the same values (not always with the same bytes). Raises ValueError on a
+    K that is no multiple of 32 or on values that are not finite.
     """
     if weight.shape[-1] % BLOCK:
         raise ValueError(f"MXFP4 needs the last dimension to be a multiple of {BLOCK}, got {weight.shape[-1]}")

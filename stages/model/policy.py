@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from stages.model.gpt_oss import build
 if TYPE_CHECKING:
     from transformers import GptOssForCausalLM, PreTrainedTokenizerBase
 
-# Two threads on every machine: sums split among another number of threads differ in their last bits, and a run must be able to
-# go on elsewhere with equal bytes. The tiny model gains nothing from more.
+# Two threads on every machine: sums split among another number of threads differ in their last bits, and a run must be
+# able to go on elsewhere with equal bytes. The tiny model gains nothing from more.
 CPU_THREADS = 2
 
 
@@ -66,7 +66,9 @@ class Policy:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{folder} has no usable tokenizer: {reason}", "copy tokenizer.json beside the weights") from None
+            raise UserError(
+                f"{folder} has no usable tokenizer: {reason}", "copy tokenizer.json beside the weights"
+            ) from None
         model = build(checkpoint, experts=config.experts, dtype=TORCH_DTYPES[config.dtype], device=device)
         if config.dense == "nf4":
             quantize_attention_to_nf4(model)
@@ -85,18 +87,20 @@ class Policy:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """What ends an answer: <|return|> and <|call|>; <|end|> only ends a message."""
-        return tuple(self.tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"]))
+        ids = self.tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"])
+        assert isinstance(ids, list)
+        return tuple(ids)
 
     def render(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Token ids of the chat up to where the assistant answers, with little reasoning asked for."""
-        ids = self.tokenizer.apply_chat_template(
+        ids: Any = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, reasoning_effort="low", tokenize=True, return_dict=False
         )
         return tuple(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion, harmony's markers included."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] on the policy's device, wherever the embedding itself lives."""
@@ -145,7 +149,7 @@ class Policy:
 
 
 def quantize_attention_to_nf4(model: "GptOssForCausalLM") -> None:
-    """Replaces the attention projections by bitsandbytes' NF4 layers (Dettmers et al. 2023); biases stay as they are."""
+    """Replaces the attention projections by bitsandbytes' NF4 layers (Dettmers et al. 2023); biases stay."""
     import bitsandbytes as bnb
 
     for layer in model.model.layers:
@@ -160,11 +164,17 @@ def quantize_attention_to_nf4(model: "GptOssForCausalLM") -> None:
 
 
 def open_policy(context: StageContext) -> Policy:
-    """The session's one Policy, built from the run's configuration when there is none yet; at whatever version it is."""
+    """The session's one Policy, built from the run's configuration when there is none yet; at any version."""
     config = context.config
-    sizes = {"lora_rank": config.update.lora_rank, "lora_alpha": config.update.lora_alpha}
-    policy: Policy = context.session.get("policy", lambda: Policy.load(config.model, **sizes, seed=config.train.seed))
-    return policy
+    return context.session.get(
+        "policy",
+        lambda: Policy.load(
+            config.model,
+            lora_rank=config.update.lora_rank,
+            lora_alpha=config.update.lora_alpha,
+            seed=config.train.seed,
+        ),
+    )
 
 
 def live_policy(context: StageContext, version: int) -> Policy:
