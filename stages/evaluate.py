@@ -31,7 +31,6 @@ from stages.tasks.programs import syntax_tree
 
 BASELINE_GAMES = 64  # as many as the policy plays at the least; all four baselines take 3 s of CPU
 RESAMPLES = 2000
-CHEATS = (Outcome.cheat, Outcome.foreign_import)
 
 
 def run(context: StageContext) -> None:
@@ -133,12 +132,12 @@ def measured(program: str | None, scores: Sequence[Score]) -> dict[str, Any]:
     """Returns a row's columns for a program judged in one or more jobs; the outcome is the first that is not ok."""
     outcome = next((score.outcome for score in scores if score.outcome != Outcome.ok), Outcome.ok)
     games = [game for score in scores for game in score.games]
-    counted = [] if outcome in CHEATS else games
+    counted = [] if outcome in judging.CHEATS else games
     return {
         "program": program,
         "outcome": str(outcome),
         "syntax_tree": None if program is None else syntax_tree(program),
-        "mean_score": sum(game["score"] for game in counted) / len(counted) if counted else 0.0,
+        "mean_score": judging.mean_score(scores),
         "win_rate": sum(game["state"] == "won" for game in counted) / len(counted) if counted else 0.0,
         "games": games,
     }

@@ -30,6 +30,11 @@ def trained_on(iteration: int) -> list[StageId]:
     return [*after(iteration), StageId("rollout", iteration), StageId("score", iteration)]
 
 
+def exported_from(updates: int) -> list[StageId]:
+    """The policy, and the evaluations that say what its training gained."""
+    return [*after(updates), *dict.fromkeys((StageId("evaluate", 0), StageId("evaluate", updates)))]
+
+
 SAMPLING = ("rollout.max_new_tokens", "rollout.temperature", "rollout.max_slots")
 JUDGING = ("task.*", "sandbox.cpu_s", "sandbox.memory_bytes", "train.seed")
 PLAYING = ("evaluate.programs", "evaluate.games", *SAMPLING, *JUDGING)
@@ -41,7 +46,7 @@ STAGES: dict[str, Stage] = {
     "score": Stage(1, JUDGING, lambda i: [StageId("rollout", i)]),
     "update": Stage(1, ("update.*", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),
-    "export": Stage(1, ("export.format", *PLAYING, *ADAPTER), after),
+    "export": Stage(1, ("export.format", *PLAYING, *ADAPTER), exported_from),
 }
 
 
@@ -59,14 +64,12 @@ def inputs_of(stage: StageId, config: RunConfig, digests: Mapping[StageId, str])
             values[key] = value
     if stage.name == "export":
         values["export.format"] = stage.label
-    export = stage.name == "export"
     return {
         "stage": stage.name,
-        # An export is the same whatever number of updates led to the same content.
-        "index": None if export else stage.index,
+        "index": stage.index,
         "version": entry.version,
         "config": values,
-        "upstream": {other.name if export else str(other): digests[other] for other in upstream_of(stage)},
+        "upstream": {str(other): digests[other] for other in upstream_of(stage)},
     }
 
 

@@ -13,6 +13,8 @@ from stages.config import SandboxConfig, UserError
 from stages.sandbox import Limits, Outcome, Result, SandboxPool, open_pool
 from stages.tasks.base import Score, Task
 
+CHEATS = (Outcome.cheat, Outcome.foreign_import)
+
 
 class Attempt(NamedTuple):
     """A program to be judged on seeds; None where a completion holds no program.
@@ -112,6 +114,14 @@ def play_held_out(
     """Returns the scores of programs on seeds that no training uses, `games` each."""
     named = [(f"held-out-{index:05d}", program) for index, program in enumerate(programs)]
     return judge(held_out(named, task=task, games=games), task=task, pool=pool, limits=limits)
+
+
+def mean_score(scores: Sequence[Score]) -> float:
+    """Returns the mean points of a program's games; 0 where it has none or cheated, whatever its games came to."""
+    if any(score.outcome in CHEATS for score in scores):
+        return 0.0
+    points = [game["score"] for score in scores for game in score.games]
+    return sum(points) / len(points) if points else 0.0
 
 
 def to_record(score: Score) -> dict[str, Any]:
