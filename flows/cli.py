@@ -160,7 +160,10 @@ def finish(run: "RunDir") -> None:
 
     for line in Summary.of(run).lines():
         print(line)
-    print(f"report      {stages.report.write_report(run.path)}")
+    try:
+        print(f"report      {stages.report.write_report(run.path)}")
+    except UserError as error:
+        print(f"report      not written: {error.message}")  # the run itself is whole
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -184,7 +187,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     run = RunDir.open(args.run)
     updates = last_update(run) if args.updates is None else args.updates
     stage = StageId("evaluate", updates)
-    one_stage(run, run.config(), stage)
+    make(run, run.config(), [stage])
     row = policy_row(run, updates)
     print(f"{updates} updates   {figures(row)}" if row else run.folder(stage))
     print(f"written to  {run.folder(stage)}")
@@ -201,8 +204,10 @@ def export_command(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out} is there already", "give --out a folder that does not exist yet")
     config = run.config()
     config = replace(config, "export", format=args.format or config.export.format)
-    stage = StageId("export", last_update(run), config.export.format)
-    one_stage(run, config, stage)
+    updates = last_update(run)
+    stage = StageId("export", updates, config.export.format)
+    evaluations = [StageId("evaluate", 0)] + ([StageId("evaluate", updates)] if updates else [])
+    make(run, config, [*evaluations, stage])
     deliver(run.folder(stage), args.out)
     print(f"exported    {args.out}")
     lost = kept(run.folder(stage))
@@ -219,16 +224,18 @@ def last_update(run: "RunDir") -> int:
     return done[-1] + 1 if done else 0
 
 
-def one_stage(run: "RunDir", config: RunConfig, stage: "StageId") -> None:
-    """Makes one stage outside the flow, if it is not done; what it reads must be."""
+def make(run: "RunDir", config: RunConfig, wanted: "list[StageId]") -> None:
+    """Makes these stages outside the flow, where they are not done; everything else that they read must be."""
     from flows import steps
     from flows.progress import terminal
     from stages.artifacts import Session
     from stages.artifacts.command import require_upstream
 
-    require_upstream(run, config, stage)
+    require_upstream(run, config, wanted[0])
     with run.lock(), steps.logging_to(run, config.logging.level), terminal() as view, Session() as session:
-        steps.run_stage(run, config, stage, session, view)
+        steps.reap(run)
+        for stage in wanted:
+            steps.run_stage(run, config, stage, session, view)
 
 
 def serve_command(args: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ STAGES: dict[str, Stage] = {
     "score": Stage(1, JUDGING, lambda i: [StageId("rollout", i)]),
     "update": Stage(1, ("update.*", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),
-    "export": Stage(1, ("export.format", *PLAYING, *ADAPTER), exported_from),
+    "export": Stage(1, ("model.*", *PLAYING, *ADAPTER), exported_from),
 }
 
 
