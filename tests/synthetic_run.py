@@ -59,12 +59,17 @@ def config_of(*, iterations: int, prompts: int, group_size: int, programs: int =
     )
 
 
-def write(path: Path, config: RunConfig, *, upto: StageId | None = None) -> RunDir:
-    """Write the run into `path` stage by stage, as the flow would; stop after the stage `upto`."""
+def write(
+    path: Path, config: RunConfig, *, upto: StageId | None = None, **instead: Callable[[StageContext], None]
+) -> RunDir:
+    """Write the run into `path` stage by stage, as the flow would; stop after the stage `upto`.
+
+    `instead` are stages of your own by name: write(path, config, score=my_score).
+    """
     run = RunDir.create(path, config)
     with Session() as session:
         for stage in stages_of(config):
-            execute(run, config, stage, STAGES[stage.name], session)
+            execute(run, config, stage, {**STAGES, **instead}[stage.name], session)
             if stage == upto:
                 break
     return run
@@ -107,8 +112,8 @@ def rollout(context: StageContext) -> None:
                     "prompt": prompt,
                     "completion": text,
                     "prompt_ids": list(range(100)),
-                    "completion_ids": [draw.randrange(2000) for _ in range(tokens)],
-                    "engine_logprobs": [-abs(draw.gauss(0, 0.5)) for _ in range(tokens)],
+                    "completion_ids": list(range(tokens)),
+                    "engine_logprobs": noise()[:tokens],
                     "finish_reason": "stop" if text.endswith("<|return|>") else "length",
                     "seed": draw.getrandbits(62),
                     "num_tokens": tokens,
@@ -252,6 +257,13 @@ def judge(task: Any, text: str, draw: random.Random) -> tuple[Any, str | None]:
 def ended(outcome: str, games: list[dict[str, Any]], detail: str = "") -> Result:
     """What a sandbox would have said."""
     return Result(job_id="", outcome=Outcome(outcome), detail=detail, cases=tuple(games), cpu_s=0.0, wall_s=0.0)
+
+
+@functools.cache
+def noise() -> list[float]:
+    """Logprobs of as many tokens as a completion can have."""
+    draw = random.Random(0)
+    return [-abs(draw.gauss(0, 0.5)) for _ in range(2000)]
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
 from stages.config import UserError
 
+FIGURES = ("group_index", "reward", "outcome", "num_tokens", "finish_reason")
 COUNTED = ("iteration", "step", "tokens", "zero_signal_groups")  # of the metrics: not to be averaged over steps
 
 
@@ -82,9 +83,9 @@ def scored(run: RunDir) -> list[int]:
     return sorted(stage.index or 0 for stage in finished(run) if stage.name == "score")
 
 
-def summed_up(run: RunDir, iteration: int) -> Iteration:
-    """One scored iteration in figures."""
-    table = completions(run, iteration, ["group_index", "reward", "outcome", "num_tokens", "finish_reason"])
+def summed_up(run: RunDir, iteration: int, *, table: Any = None) -> Iteration:
+    """One scored iteration in figures; `table` is its `completions` with at least FIGURES, read here when not given."""
+    table = completions(run, iteration, FIGURES) if table is None else table
     groups = table.group_by("group_index").aggregate(
         [("reward", "mean"), ("reward", "stddev"), ("reward", "min"), ("reward", "max")]
     )

@@ -15,23 +15,23 @@ from stages.report.replay import ReplayError, replay
 from stages.tasks.game2048.task import Options
 
 SHOWN = 3  # programs in each column of the gallery
-LOOKED_AT = 24  # completions at either end of the rewards whose texts are read to find SHOWN different programs
+LOOKED_AT = 24  # completions with the highest rewards whose texts are read to find SHOWN different programs
 
 
 def collect(path: Path) -> Contents:
     """Everything the page shows; a run that is still going gives what it has. UserError when `path` holds no run."""
     run = RunDir.open(path)
     config = run.config()
-    done = history.scored(run)
+    tables = {i: history.completions(run, i, history.FIGURES) for i in history.scored(run)}
     summaries = history.evaluated(run)
-    best, worst = _programs(run, done)
+    best, worst = _programs(run, list(tables.values()))
     return Contents(
         name=path.resolve().name,
         task=_task(config),
         model=config.model.source,
         preset=f"preset {config.preset}",
         planned_iterations=config.train.iterations,
-        iterations=[history.summed_up(run, i) for i in done],
+        iterations=[history.summed_up(run, i, table=table) for i, table in tables.items()],
         policies=[_player(row, updates) for updates, rows in summaries.items() for row in _of(rows, "policy")],
         baselines=[_player(row, None) for row in _of(summaries[max(summaries)], "baseline")] if summaries else [],
         best=best,
@@ -76,29 +76,23 @@ def _player(row: dict[str, Any], updates: int | None) -> Player:
     )
 
 
-def _programs(run: RunDir, done: list[int]) -> tuple[list[Program], list[Program]]:
-    """The best different programs of the run, and the worst, each of another outcome where there are enough."""
+def _programs(run: RunDir, tables: list[Any]) -> tuple[list[Program], list[Program]]:
+    """The best different programs of the run, and the worst completion of each outcome, lowest reward first."""
     high: list[tuple[float, str]] = []
-    low: dict[str, list[tuple[float, str]]] = {}
-    for i in done:
-        table = history.completions(run, i, ["reward", "outcome"])
+    low: dict[str, tuple[float, str]] = {}
+    for table in tables:
         columns = (table[name].to_pylist() for name in ("completion_id", "reward", "outcome"))
         for completion_id, reward, outcome in zip(*columns, strict=True):
-            _keep(high, (reward, completion_id))
-            _keep(low.setdefault(outcome, []), (-reward, completion_id))
-    rows = history.texts(run, {name for kept in (high, *low.values()) for _, name in kept})
+            entry = (reward, completion_id)
+            heapq.heappush(high, entry) if len(high) < LOOKED_AT else heapq.heappushpop(high, entry)
+            low[outcome] = min(low.get(outcome, entry), entry)
+    rows = history.texts(run, {name for _, name in [*high, *low.values()]})
     best: dict[str | None, Program] = {}
     for _, name in sorted(high, reverse=True):
         best.setdefault(rows[name]["program"], _program(rows[name]))
     shown = list(best.values())[:SHOWN]
-    lowest = sorted((max(kept) for kept in low.values()), reverse=True)
     known = {program.completion_id for program in shown}
-    worst = [_program(rows[name]) for _, name in lowest if name not in known and rows[name]["outcome"] != "ok"]
-    return shown, worst[:SHOWN]
-
-
-def _keep(kept: list[tuple[float, str]], entry: tuple[float, str]) -> None:
-    heapq.heappush(kept, entry) if len(kept) < LOOKED_AT else heapq.heappushpop(kept, entry)
+    return shown, [_program(rows[name]) for _, name in sorted(low.values()) if name not in known][:SHOWN]
 
 
 def _program(row: dict[str, Any]) -> Program:

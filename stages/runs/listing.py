@@ -3,7 +3,7 @@
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stages.artifacts import history
 from stages.artifacts.parquet import read_table
@@ -23,15 +23,24 @@ def show(args: Namespace) -> int:
         return 0
     from rich.table import Table
 
-    from stages.runs.tables import console
+    from stages.runs.tables import console, printable
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("run", "created", "state", "iterations", "reward", "size"):
-        table.add_column(name, justify="right" if name in ("iterations", "reward", "size") else "left", no_wrap=True)
+        wraps = name in ("run", "state")  # a long path or error is folded, figures never are
+        justify: Literal["left", "right"] = "right" if name in ("iterations", "reward", "size") else "left"
+        table.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
     for row in rows:
         reward = "" if row["first_reward"] is None else f"{row['first_reward']:.2f} -> {row['last_reward']:.2f}"
         done = f"{row['iterations']} of {row['planned']}" if row["planned"] else ""
-        table.add_row(row["run"], row["created"], row["state"], done, reward, f"{row['bytes'] / 2**20:.1f} MiB")
+        table.add_row(
+            printable(row["run"]),
+            row["created"][:16],
+            printable(row["state"]),
+            done,
+            reward,
+            f"{row['bytes'] / 2**20:.1f} MiB",
+        )
     console().print(table if rows else f"There are no runs in {args.folder}.")
     return 0
 
