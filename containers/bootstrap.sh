@@ -111,19 +111,22 @@ start_dockerd() {  # start_dockerd OPTIONS: true when a daemon answers within 30
     return 1
 }
 
-see_to_docker() {
+check_docker() {  # fails at once when there is no daemon and no way to one
     docker_answers && return
     if [ -n "${DOCKER_HOST:-}" ]; then
         fail "no Docker daemon answers at DOCKER_HOST=$DOCKER_HOST" "start it, or unset DOCKER_HOST"
-    fi
-    if ! is_root; then
-        if [ -S /var/run/docker.sock ]; then
-            fail "$(id -un) may not use Docker" "as root: usermod -aG docker $(id -un); then log in again"
-        fi
+    elif ! is_root && [ -S /var/run/docker.sock ]; then
+        fail "$(id -un) may not use Docker" "as root: usermod -aG docker $(id -un); then log in again"
+    elif ! is_root; then
         fail "no Docker daemon answers" "start Docker (systemctl start docker), or run this script as root on Debian"
+    elif ! command -v dockerd >/dev/null && ! command -v apt-get >/dev/null; then
+        fail "Docker is not installed" "install it, then run this script again"
     fi
+}
+
+see_to_docker() {
+    docker_answers && return
     if ! command -v dockerd >/dev/null; then
-        command -v apt-get >/dev/null || fail "Docker is not installed" "install it, then run this script again"
         echo "installing docker.io ..."
         apt_install docker.io || fail "apt-get could not install docker.io" "look at: apt-get install docker.io"
         sleep 1  # where there is systemd, the package starts the daemon
@@ -154,6 +157,7 @@ esac
 
 start=$(now)
 python=$(find_python)
+check_docker
 see_to_docker &
 docker_job=$!
 install_python

@@ -94,7 +94,7 @@ def obtain_base(client: Any) -> str:
 
 
 def make_base(client: Any) -> str:
-    """Makes the base out of Debian packages and returns its name; UserError with the script's last words when that fails."""
+    """Makes the base from Debian packages and returns its name; UserError when that fails."""
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder) / "base.tar"
         done = subprocess.run(["bash", str(BASE_SCRIPT), str(tar)], capture_output=True, text=True)
