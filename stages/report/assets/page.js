@@ -2,6 +2,7 @@
 // Two things move on the page: a crosshair with a line of text over each chart, and the replay of recorded games.
 (() => {
   const tip = document.getElementById("tip");
+  let follow = () => {};
 
   // ---- charts: data-tips holds one text per x position
   for (const chart of document.querySelectorAll("svg[data-tips]")) {
@@ -24,12 +25,15 @@
       chart.append(cross);
       tip.textContent = tips[shown];
       tip.hidden = false;
-      const area = chart.getBoundingClientRect();
-      const at = area.left + (x / box.width) * area.width;
-      tip.style.left = Math.max(8, Math.min(innerWidth - tip.offsetWidth - 8, at - tip.offsetWidth / 2)) + "px";
-      tip.style.top = Math.max(8, area.top - tip.offsetHeight - 4) + "px";
+      follow = () => {
+        const area = chart.getBoundingClientRect();
+        const at = area.left + (x / box.width) * area.width;
+        tip.style.left = Math.max(8, Math.min(innerWidth - tip.offsetWidth - 8, at - tip.offsetWidth / 2)) + "px";
+        tip.style.top = Math.max(8, area.top - tip.offsetHeight - 4) + "px";
+      };
+      follow();
     };
-    const hide = () => { tip.hidden = true; cross.remove(); shown = -1; };
+    const hide = () => { tip.hidden = true; follow = () => {}; cross.remove(); shown = -1; };
     const point = (event) => {
       const area = chart.getBoundingClientRect();
       const share = (((event.clientX - area.left) / area.width) * box.width - left) / (box.width - left - right);
@@ -45,7 +49,7 @@
       if (event.key === "Escape") hide();
     });
   }
-  addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+  addEventListener("scroll", () => follow(), { passive: true });
 
   // ---- replay
   const games = JSON.parse(document.getElementById("games").textContent);
