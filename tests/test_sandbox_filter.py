@@ -10,7 +10,7 @@ import pytest
 KILL, ALLOW, NO_FILE = 0x80000000, 0x7FFF0000, 0x00050002
 X86_64, AARCH64, I386 = 0xC000003E, 0xC00000B7, 0x40000003
 # Read from the kernel's own tables for x86_64, a second time, by name.
-READ, WRITE, OPEN, MMAP, MPROTECT, CLONE, EXECVE, PRCTL, OPENAT, EXIT_GROUP, GETRANDOM = (
+READ, WRITE, OPEN, MMAP, MPROTECT, CLONE, EXECVE, PRCTL, OPENAT, EXIT_GROUP, GETRANDOM, FUTEX = (
     0,
     1,
     2,
@@ -22,6 +22,7 @@ READ, WRITE, OPEN, MMAP, MPROTECT, CLONE, EXECVE, PRCTL, OPENAT, EXIT_GROUP, GET
     257,
     231,
     318,
+    202,
 )
 
 
@@ -45,6 +46,8 @@ def run(program: bytes, *, number: int, arch: int = X86_64, arguments: tuple[int
         match code:
             case 0x20:  # BPF_LD | BPF_W | BPF_ABS
                 (accumulator,) = struct.unpack_from("<I", data, operand)
+            case 0x54:  # BPF_ALU | BPF_AND | BPF_K
+                accumulator &= operand
             case 0x06:  # BPF_RET | BPF_K
                 return operand
             case 0x15:  # BPF_JMP | BPF_JEQ | BPF_K
@@ -87,6 +90,11 @@ def test_arguments_decide_about_pipes_and_executable_memory(bpf: ModuleType, com
         assert run(program, number=number, arguments=(0, 4096, 3)) == ALLOW
         assert run(program, number=number, arguments=(0, 4096, 7)) == KILL
         assert run(program, number=number, arguments=(0, 4096, 4)) == KILL
+    private, realtime, wait_requeue, lock = 128, 256, 11, 6
+    for operation in (0, 1, 9, 10, 0 | private, 1 | private, 9 | private | realtime):
+        assert run(program, number=FUTEX, arguments=(4096, operation)) == ALLOW
+    for operation in (lock, wait_requeue, lock | private, 2, 3, 4, 5, 7, 8, 12, 13, 14):
+        assert run(program, number=FUTEX, arguments=(4096, operation)) == KILL
     for number in (OPEN, CLONE, EXECVE):
         assert run(program, number=number) == KILL
 

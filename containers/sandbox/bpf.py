@@ -5,8 +5,8 @@
 The program runs on `struct seccomp_data` (linux/seccomp.h): nr at byte 0, arch at 4, the low half of argument n at 16
 + 8 * n. It allows what computing needs and kills the process on anything else, which the supervisor sees as SIGSYS
 and scores as a cheat:
-    read from descriptor 0, write to descriptor 1 (the pipes to the supervisor), memory that is not executable, futex,
-    clock_gettime, getrandom, rt_sigreturn, exit.
+    read from descriptor 0, write to descriptor 1 (the pipes to the supervisor), memory that is not executable,
+    futex to wait and to wake, clock_gettime, getrandom, rt_sigreturn, exit.
 A case is under compile.bpf before it reads the program and under run.bpf as well before the program runs. The first
 differs in two calls: openat fails as if there were no file, since Python looks for a source file named <program> to
 quote in a SyntaxError, and prctl may add the second filter. Instructions are those of linux/bpf_common.h, 8 bytes
@@ -58,11 +58,13 @@ NUMBERS = {
     },
 }
 FIRST_ARGUMENT = {"read": 0, "write": 1, "prctl": 22}  # standard input, standard output, PR_SET_SECCOMP
+FUTEX_OPERATIONS = (0, 1, 9, 10)  # second argument: wait, wake, and both with a bit set; 7 bits, the others are flags
+FUTEX_BITS = 0x7F
 NEVER_EXECUTABLE = ("mmap", "mprotect")  # third argument without PROT_EXEC
 COMPILE_ONLY = ("prctl", "openat")
 PROT_EXEC = 4
 
-LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, AND, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_SET, RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 KILL_PROCESS, ALLOW, NO_FILE = 0x80000000, 0x7FFF0000, 0x00050002  # the last: fail with ENOENT
 X32_BIT = 0x40000000  # x86_64 also takes x32 numbers: all refused
 
@@ -101,6 +103,16 @@ def assemble(machine: str, *, compiling: bool) -> bytes:
                 (JUMP_SET, 1, 0, PROT_EXEC),
                 (RETURN, 0, 0, ALLOW),
                 (RETURN, 0, 0, KILL_PROCESS),
+            ]
+        elif name == "futex":
+            count = len(FUTEX_OPERATIONS)
+            program += [
+                (JUMP_EQUAL, 0, count + 4, number),
+                (LOAD, 0, 0, argument(1)),
+                (AND, 0, 0, FUTEX_BITS),
+                *[(JUMP_EQUAL, count - place, 0, operation) for place, operation in enumerate(FUTEX_OPERATIONS)],
+                (RETURN, 0, 0, KILL_PROCESS),
+                (RETURN, 0, 0, ALLOW),
             ]
         else:
             program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, NO_FILE if name == "openat" else ALLOW)]

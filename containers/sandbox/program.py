@@ -32,7 +32,7 @@ PRELOADED = {
     "copy": copy,
     "typing": typing,
 }
-WITHHELD = {"typing": {"get_type_hints"}}  # evaluates strings with the interpreter's own builtins
+WITHHELD = {"typing": {"get_type_hints", "ForwardRef"}}  # evaluate strings with all builtins
 METHOD_WORDS = """
     init new call repr str bool hash len iter next reversed contains getitem setitem delitem missing enter
     exit getattr setattr delattr del class_getitem init_subclass set_name length_hint lt le eq ne gt ge add
@@ -131,7 +131,15 @@ def find(tree: ast.AST) -> list[tuple[int, str, str]]:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 if is_dunder(name) and name not in METHODS:
                     findings.append((line, "cheat", f"defines {name}"))
-            case ast.arg(arg=name) | ast.keyword(arg=str(name)) | ast.alias(asname=str(name)):
+            case (
+                ast.arg(arg=name)
+                | ast.keyword(arg=str(name))
+                | ast.alias(asname=str(name))
+                | ast.ExceptHandler(name=str(name))
+                | ast.MatchAs(name=str(name))
+                | ast.MatchStar(name=str(name))
+                | ast.MatchMapping(rest=str(name))
+            ):
                 if is_dunder(name):
                     findings.append((line, "cheat", f"names {name}"))
             case ast.Global(names=names) | ast.Nonlocal(names=names):
@@ -183,7 +191,6 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
         return modules[name if fromlist else name.partition(".")[0]]
 
     def guarded(function):  # type: ignore[no-untyped-def]
-        @functools.wraps(function)
         def call(target, name, *rest):  # type: ignore[no-untyped-def]
             if type(name) is not str:
                 raise TypeError("attribute name must be string")
@@ -191,6 +198,7 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
                 report_cheat(f"reaches for {name}")
             return function(target, name, *rest)
 
+        call.__name__ = call.__qualname__ = function.__name__
         return call
 
     table: dict[str, object] = {name: getattr(builtins, name) for name in OFFERED_WORDS.split()}

@@ -71,6 +71,20 @@ NAMES = (
         + inside("getattr((), Name('__class__'))"),
         CRASH,
     ),
+    outer("spells a dunder in full-width letters", inside("().__\uff43lass__"), CHEAT),
+    outer(
+        "evaluates a forward reference",
+        inside("import typing\ntyping.ForwardRef('1')._evaluate({}, {}, frozenset())"),
+        CRASH,
+    ),
+    outer("captures a dunder by matching", inside("match {}:\n    case {**__builtins__}:\n        pass"), CHEAT),
+    outer(
+        "catches an exception as a dunder",
+        inside("try:\n    1 / 0\nexcept Exception as __builtins__:\n    pass"),
+        CHEAT,
+    ),
+    outer("unwraps the guarded getattr", inside("getattr(getattr, '__wrapped__')"), CHEAT),
+    outer("imports by a name in the builtins' clothes", inside("from random import __builtins__"), CHEAT),
     outer("matches a dunder", inside("match numbers:\n    case object(__class__=kind):\n        kind.mro()"), CHEAT),
     outer("sets __match_args__", "class A:\n    __match_args__ = ('__class__',)\n" + HONEST, CHEAT),
     outer("walks by format()", inside("'{0.__class__.__base__}'.format(numbers)"), OK),
@@ -153,6 +167,26 @@ PROCESS = (
     inner("catches signals", inside("import signal\nsignal.signal(15, signal.SIG_IGN)"), CHEAT),
     inner("sleeps", inside("import time\ntime.sleep(3600)"), CHEAT),
     inner("aborts", inside("import os\nos.abort()"), CHEAT, CRASH),
+    inner(
+        "locks a futex by priority",
+        inside(LIBC + "libc.syscall(202, libc.mmap(0, 4096, 3, 34, -1, 0), 6, 0, 0, 0, 0)"),
+        CHEAT,
+    ),
+    inner(
+        "waits on a futex for ever",
+        inside("import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()"),
+        TIMEOUT,
+    ),
+    inner(
+        "writes over libc",
+        inside(
+            LIBC
+            + "page = ctypes.cast(libc.getpid, ctypes.c_void_p).value & ~4095\n"
+            + "libc.mprotect(ctypes.c_void_p(page), 4096, 3)\nctypes.memset(page, 0xc3, 4096)"
+        ),
+        OK,
+        CRASH,
+    ),
     inner("raises its limits", inside("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))"), CHEAT),
     inner("becomes another user", inside("import os\nos.setuid(0)"), CHEAT),
     inner("duplicates its pipe", inside("import os\nos.dup2(1, 5)"), CHEAT),
