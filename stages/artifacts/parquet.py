@@ -212,7 +212,7 @@ def read_table(
     schemas += [read_schema(path) for path in paths]
     try:
         unified = pa.unify_schemas([each.remove_metadata() for each in schemas], promote_options="permissive")
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         message = f"the parts of {folder / name} do not fit together: {error}"
         raise UserError(message, "they were written by different versions: start a new run") from error
     unified = unified.with_metadata((schema or schemas[0]).metadata)
