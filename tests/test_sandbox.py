@@ -112,6 +112,12 @@ def test_a_program_that_fails_midway_keeps_the_rows_its_judge_had_written(pool: 
     assert result.detail == "ZeroDivisionError: integer division or modulo by zero (line 2)"
 
 
+def test_details_hold_no_addresses_and_no_control_characters(pool: SandboxPool) -> None:
+    program = "def guess(low, high):\n    raise ValueError(f'{object()} \\x1b[2J\\n\\u202e')\n"
+    result = judged(pool, program)
+    assert result.detail == "ValueError: <object object at 0x...>  [2J   (line 2)"
+
+
 def test_state_of_one_program_is_not_seen_by_the_next(pool: SandboxPool) -> None:
     judged(pool, "import math, random\nmath.floor = lambda x: 0\nrandom.spoiled = True\n" + HALVING)
     program = "import math, random\nassert math.floor(2.5) == 2 and not hasattr(random, 'spoiled')\n" + HALVING

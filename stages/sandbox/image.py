@@ -95,6 +95,9 @@ def obtain_base(client: Any) -> str:
 
 def make_base(client: Any) -> str:
     """Makes the base from Debian packages and returns its name; UserError when that fails."""
+    tag = hashlib.sha256(BASE_SCRIPT.read_bytes()).hexdigest()[:16]
+    if has_image(client, f"{LOCAL_BASE}:{tag}"):
+        return f"{LOCAL_BASE}:{tag}"
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder) / "base.tar"
         done = subprocess.run(["bash", str(BASE_SCRIPT), str(tar)], capture_output=True, text=True)
@@ -104,9 +107,8 @@ def make_base(client: Any) -> str:
                 f"no base image could be made of Debian packages: {' '.join(words)}",
                 f"try: bash {BASE_SCRIPT} base.tar",
             )
-        digest = hashlib.sha256(tar.read_bytes()).hexdigest()[:16]
-        client.import_image_from_file(str(tar), repository=LOCAL_BASE, tag=digest)
-    return f"{LOCAL_BASE}:{digest}"
+        client.import_image_from_file(str(tar), repository=LOCAL_BASE, tag=tag)
+    return f"{LOCAL_BASE}:{tag}"
 
 
 def build(client: Any, base: str) -> str:
