@@ -95,6 +95,8 @@ def obtain_base(client: Any) -> str:
 
 def make_base(client: Any) -> str:
     """Makes the base from Debian packages and returns its name; UserError when that fails."""
+    import docker
+
     tag = hashlib.sha256(BASE_SCRIPT.read_bytes()).hexdigest()[:16]
     if has_image(client, f"{LOCAL_BASE}:{tag}"):
         return f"{LOCAL_BASE}:{tag}"
@@ -107,7 +109,10 @@ def make_base(client: Any) -> str:
                 f"no base image could be made of Debian packages: {' '.join(words)}",
                 f"try: bash {BASE_SCRIPT} base.tar",
             )
-        client.import_image_from_file(str(tar), repository=LOCAL_BASE, tag=tag)
+        try:
+            client.import_image_from_file(str(tar), repository=LOCAL_BASE, tag=tag)
+        except docker.errors.DockerException as error:
+            raise UserError(f"Docker does not take the base image: {error}", "look at the daemon's log") from error
     return f"{LOCAL_BASE}:{tag}"
 
 
