@@ -28,7 +28,7 @@ from stages.artifacts.parquet import (
     write_parts,
     write_table,
 )
-from stages.config import EvaluateConfig, ExportConfig, RolloutConfig, RunConfig, TrainConfig
+from stages.config import EvaluateConfig, ExportConfig, RolloutConfig, RunConfig, TrainConfig, UpdateConfig
 from stages.sandbox.protocol import Outcome, Result
 from stages.tasks import programs, registry
 from stages.tasks.game2048.baselines import BASELINES
@@ -53,6 +53,7 @@ def config_of(*, iterations: int, prompts: int, group_size: int, programs: int =
     return RunConfig(
         preset="tiny",
         train=TrainConfig(iterations=iterations),
+        update=UpdateConfig(kl=0.01),
         rollout=RolloutConfig(prompts=prompts, group_size=group_size),
         evaluate=EvaluateConfig(every=every, programs=programs, games=4),
         export=ExportConfig(format="mxfp4"),
@@ -169,6 +170,7 @@ def update(context: StageContext) -> None:
             "kl": 0.03 * done + 0.004 * draw.random(),
             "clip_fraction": 0.02 + 0.05 * draw.random() * step,
             "ratio_mean": 1.0,
+            "engine_kl": 2e-6 * (1 + draw.random()),
             "entropy": 0.9 - 0.4 * done + draw.gauss(0, 0.02),
             "grad_norm": 0.6 + 0.4 * draw.random(),
             "zero_signal_groups": 0,

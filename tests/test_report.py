@@ -18,7 +18,7 @@ from stages.artifacts import RunDir, StageId
 from stages.artifacts.history import Iteration, PlayedGame
 from stages.config import UserError
 from stages.report import write_report
-from stages.report.charts import Curve, line_chart, nice_ticks, stacked_bars
+from stages.report.charts import Curve, line_chart, nice_ticks, stacked_bars, tick_text
 from stages.report.collect import collect
 from stages.report.contents import Contents, Game, Player, Program
 from stages.report.figures import duration, fixed, number, percent, percents, size
@@ -142,6 +142,13 @@ def test_ticks_are_round_evenly_spaced_and_cover_the_values(low: float, high: fl
     assert f"{steps.pop():e}".split("e")[0].rstrip("0").rstrip(".") in {"1", "2", "2.5", "5"}
     assert ticks[0] <= low <= high <= ticks[-1]
     assert 2 <= len(ticks) <= 8
+
+
+def test_the_labels_of_an_axis_have_the_same_decimals() -> None:
+    assert [tick_text(tick, 0.25) for tick in (1.5, 1.75, 2.0)] == ["1.50", "1.75", "2.00"]
+    assert [tick_text(tick, 1000.0) for tick in (0.0, 1000.0, 12000.0)] == ["0", "1\u202f000", "12\u202f000"]
+    assert [tick_text(tick, 0.5) for tick in (-0.5, 0.0)] == ["\u22120.5", "0.0"]
+    assert [tick_text(tick, 1e-6) for tick in (0.0, 2e-6)] == ["0", "2.0e\u221206"]
 
 
 def test_a_line_goes_through_its_values_and_keeps_its_gaps() -> None:

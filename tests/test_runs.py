@@ -1,5 +1,6 @@
 """Inspecting and listing runs, against sums written out by hand and against the rows in the files."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from stages import runs
 from stages.artifacts import RunDir, StageContext, StageId, history
 from stages.artifacts.parquet import read_table, scores_schema, write_parts
-from stages.config import UserError
+from stages.config import UpdateConfig, UserError
 from tests import synthetic_run
 
 CONFIG = synthetic_run.config_of(iterations=3, prompts=2, group_size=8, programs=6)
@@ -97,6 +98,14 @@ def test_metrics_are_averaged_over_optimizer_steps(run: RunDir) -> None:
     seen = history.summed_up(run, 1).metrics
     for name in ("kl", "entropy", "grad_norm"):
         assert seen[name] == pytest.approx(sum(row[name] for row in rows) / len(rows))
+
+
+def test_a_divergence_that_was_not_measured_is_not_shown(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, update=UpdateConfig(kl=0.0))
+    run = synthetic_run.write(tmp_path / "unmeasured", config, upto=StageId("update", 0))
+    seen = history.summed_up(run, 0).metrics
+    assert "kl" not in seen
+    assert "entropy" in seen
 
 
 def test_the_overview_names_every_iteration_and_every_player(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

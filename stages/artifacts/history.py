@@ -189,6 +189,8 @@ def _metrics(run: RunDir, iteration: int) -> dict[str, float]:
         return {}
     table = read_table(folder, "metrics", METRICS)
     means = {name: pc.mean(table[name]).as_py() for name in table.column_names if name not in COUNTED}
+    if run.config().update.kl == 0:
+        means.pop("kl", None)  # without its weight the divergence is not measured, and the 0 in the file says nothing
     return {name: value for name, value in means.items() if value is not None}
 
 

@@ -126,7 +126,7 @@ def interval_chart(rows: Sequence[Interval], *, width: int, label: str) -> str:
         x = frame.x(tick / ticks[-1])
         parts.append(
             f'<line class="grid" x1="{x}" x2="{x}" y1="{frame.top}" y2="{frame.height - frame.bottom}"/>'
-            f'<text class="tick" x="{x}" y="{frame.height - 9}" text-anchor="middle">{number(tick)}</text>'
+            f'<text class="tick" x="{x}" y="{frame.height - 9}" text-anchor="middle">{tick_text(tick, ticks[1])}</text>'
         )
     for i, row in enumerate(rows):
         y = frame.top + row_height * (i + 0.5)
@@ -178,6 +178,14 @@ def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def tick_text(tick: float, step: float) -> str:
+    """A tick's label; all labels of an axis get the decimals that its step needs."""
+    if abs(tick) >= 1000 or step < 0.0005:
+        return number(tick)
+    decimals = next(count for count in range(12) if round(step, count) == step or count == 11)
+    return f"{tick:.{decimals}f}".replace("-", "\u2212")
+
+
 def _share(share: float) -> str:
     return f"{100 * share:.0f}%" if share >= 0.01 else "<1%"
 
@@ -210,7 +218,7 @@ def _grid(frame: Frame, ticks: Sequence[float], bottom: float, span: float, *, p
     parts = []
     for tick in ticks:
         y = frame.y((tick - bottom) / span)
-        text = f"{100 * tick:.0f}%" if percent else number(tick)
+        text = f"{100 * tick:.0f}%" if percent else tick_text(tick, ticks[1] - ticks[0])
         parts.append(
             f'<line class="grid" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y}" y2="{y}"/>'
             f'<text class="tick" x="{frame.left - 8}" y="{y + 3.5}" text-anchor="end">{text}</text>'

@@ -138,28 +138,24 @@ def _game(title: str, record: PlayedGame, row: dict[str, Any], config: RunConfig
 
 def _costs(run: RunDir) -> list[Cost]:
     """Durations summed over iterations, stage by stage in the order of a run."""
-    seconds: dict[str, dict[str, float]] = {}
-    peaks: dict[str, int] = {}
-    spoken: dict[str, list[tuple[int, float]]] = {}
-    for stage, rows in history.timings(run):
-        for row in rows:
-            parts = seconds.setdefault(stage.name, {})
-            parts[row["what"]] = parts.get(row["what"], 0.0) + (row["seconds"] or 0.0)
-            peaks[stage.name] = max(peaks.get(stage.name, 0), row["peak_bytes"] or 0)
-            if row["num_tokens"] and row["seconds"]:
-                spoken.setdefault(row["what"] + "\0" + stage.name, []).append((row["num_tokens"], row["seconds"]))
-    speeds: dict[str, float] = {}
-    for name, measured in spoken.items():
-        stage_name = name.split("\0")[1]
-        speed = sum(tokens for tokens, _ in measured) / sum(taken for _, taken in measured)
-        speeds[stage_name] = max(speeds.get(stage_name, 0.0), speed)
-    return [
-        Cost(
-            stage=name,
-            seconds=parts.get("stage", 0.0),
-            parts={what: taken for what, taken in parts.items() if what != "stage"},
-            peak_bytes=peaks[name],
-            tokens_per_s=speeds.get(name, 0.0),
-        )
-        for name, parts in seconds.items()
-    ]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for stage, timed in history.timings(run):
+        rows.setdefault(stage.name, []).extend(timed)
+    return [_cost(stage, timed) for stage, timed in rows.items()]
+
+
+def _cost(stage: str, timed: list[dict[str, Any]]) -> Cost:
+    seconds: dict[str, float] = {}
+    tokens: dict[str, float] = {}
+    for row in timed:
+        what, took = row["what"], row["seconds"] or 0.0
+        seconds[what] = seconds.get(what, 0.0) + took
+        tokens[what] = tokens.get(what, 0.0) + (row["num_tokens"] or (row["tokens_per_s"] or 0.0) * took)
+    speeds = [tokens[what] / seconds[what] for what in seconds if seconds[what] > 0]
+    return Cost(
+        stage=stage,
+        seconds=seconds.pop("stage", 0.0),
+        parts=seconds,
+        peak_bytes=max((row["peak_bytes"] or 0 for row in timed), default=0),
+        tokens_per_s=max(speeds, default=0.0),
+    )

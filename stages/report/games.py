@@ -26,7 +26,7 @@ def held_out(contents: Contents) -> str:
     scores = card(
         in_halves(lambda width: interval_chart(rows, width=width, label=_spoken(players))),
         title="Mean score",
-        note="Bars are 95&nbsp;% intervals over programs.",
+        note="Bars are 95&nbsp;% intervals: over programs, for a baseline over games.",
     )
     return section(
         "On games it never saw",

@@ -80,6 +80,7 @@ def inside(contents: Contents) -> str:
         ("Completion length", "Tokens; the band holds the middle half.", tokens),
         ("Entropy", "Nats per token: how undecided the policy is.", metric("entropy")),
         ("KL", "To the policy without its adapter, in nats per token.", metric("kl")),
+        ("Engine against trainer", "KL of their logprobs of the same tokens, in nats per token.", metric("engine_kl")),
         ("Clip fraction", "Share of tokens whose ratio was clipped.", metric("clip_fraction")),
         ("Gradient norm", "Before clipping.", metric("grad_norm")),
         ("Groups without signal", "Share of groups whose rewards are all equal.", silent),
@@ -110,13 +111,14 @@ def timings(contents: Contents) -> str:
         f'title="{cost.stage} {shares[cost.stage]}"></i>'
         for cost in contents.costs
     )
-    rows = [row for cost in contents.costs for row in _costs(cost, total)]
+    measured = any(cost.peak_bytes for cost in contents.costs)
+    rows = [row for cost in contents.costs for row in _costs(cost, total, memory=measured)]
     return section(
         "Where the time went",
         f"{duration(total)} in stages, all iterations together.",
         card(
             f'<div class="spent" role="img" aria-label="{told}">{bar}</div>'
-            + table(["Stage", "Time", "Share", "Tokens/s", "Peak memory"], rows)
+            + table(["Stage", "Time", "Share", "Tokens/s", *(["Peak memory"] if measured else [])], rows)
         ),
     )
 
@@ -167,16 +169,16 @@ def _tile(title: str, first: str, last: str, note: str) -> str:
     return card(f'<div>{start}<span class="to">{last}</span></div><p class="note">{note}</p>', title=title)
 
 
-def _costs(cost: Cost, total: float) -> Iterable[str]:
+def _costs(cost: Cost, total: float, *, memory: bool) -> Iterable[str]:
     speed = number(cost.tokens_per_s) if cost.tokens_per_s else ""
-    cells = (duration(cost.seconds), percent(cost.seconds, total), speed, size(cost.peak_bytes))
+    cells = [duration(cost.seconds), percent(cost.seconds, total), speed, *([size(cost.peak_bytes)] if memory else [])]
     yield (
         f'<tr><th scope="row"><i class="swatch spent-{cost.stage}"></i>{cost.stage}</th>'
         + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
     )
     for what, seconds in cost.parts.items():
-        cells = (duration(seconds), percent(seconds, total), "", "")
+        cells = [duration(seconds), percent(seconds, total), "", *([""] if memory else [])]
         yield (
             f'<tr><td class="text"><small>&emsp;{escape(what)}</small></td>'
             + "".join(f"<td><small>{cell}</small></td>" for cell in cells)
