@@ -165,7 +165,7 @@ def check_model(folder: Path, format: str, probes: list[Completion]) -> dict[str
     figures = {}
     for dtype in dict.fromkeys((FORMATS[format], torch.float32)):
         name = str(dtype).removeprefix("torch.")
-        theirs = theirs.to(dtype)
+        theirs.to(dtype)  # type: ignore[arg-type]
         ours = build(Checkpoint(folder), experts="dequantized", dtype=dtype, device=theirs.device)
         figures[name] = difference([(logits_of(ours, p), logits_of(theirs, p)) for p in probes], name)
     return figures
@@ -174,7 +174,7 @@ def check_model(folder: Path, format: str, probes: list[Completion]) -> dict[str
 def check_adapter(
     folder: Path, checkpoint: Checkpoint, probes: list[Completion], live: list[Tensor]
 ) -> dict[str, float]:
-    """Loads the adapter with PEFT over transformers' own model and compares log-probabilities with the live policy's."""
+    """Loads the folder with transformers and with ours, in float32 and in its own type; compares the logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -185,7 +185,7 @@ def check_adapter(
 
 
 def difference(pairs: list[tuple[Tensor, Tensor]], dtype: str) -> float:
-    """How far ours and transformers' logits lie apart: the largest difference in float32, a relative norm in 16 bits."""
+    """How far our logits and transformers' lie apart: the largest difference in float32, a relative norm in 16 bits."""
     if dtype == "float32":
         found = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     else:

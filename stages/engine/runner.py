@@ -5,6 +5,7 @@ token sees. Decode always computes all S slots, empty ones too: on the CPU a row
 alone. Shapes: S slots, T tokens, D hidden, H query heads, K key/value heads, C channels, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from stages.model.policy import Policy
 
 # From a layer's query [N, H, C], key and value [N, K, C], all with RoPE applied, to its attention output [N, H, C].
 Attend = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
+
+OWN_BLOCK = 64  # tokens of a completion attended to at once; their number grows with the longest completion
 
 
 class Runner:
@@ -50,7 +53,8 @@ class Runner:
         """Logits [S, V] after `tokens` int64 [S], each its slot's completion token number `steps` int64 [S]."""
         slots = torch.arange(tokens.shape[0], device=tokens.device)
         positions = cache.prompt_lengths + steps
-        own_visible = torch.arange(self._own_capacity(cache), device=tokens.device) <= steps[:, None]
+        longest = int(steps.max()) + 1
+        own_visible = torch.arange(longest + OWN_BLOCK, device=tokens.device) <= steps[:, None]
         ring_visible = torch.arange(cache.window, device=tokens.device) <= positions[:, None]
         residents = self._residents(cache)
 
@@ -61,11 +65,13 @@ class Runner:
             keys[slots, :, place] = key
             values[slots, :, place] = value
             grouped = query.unflatten(1, (key.shape[1], -1))  # [S, K, H / K, C]
-            visible = (ring_visible if sliding else own_visible)[:, None, None]
-            partial = attend(grouped, keys, values, scale=attention.scaling, visible=visible)
-            if not sliding:
+            scale = attention.scaling
+            if sliding:
+                partial = attend(grouped, keys, values, scale=scale, visible=ring_visible[:, None, None])
+            else:
+                partial = self._attend_own(grouped, keys, values, own_visible, scale=scale, longest=longest)
                 for prompt, rows in residents:
-                    shared = self._attend_shared(grouped, prompt.keys[index], prompt.values[index], attention.scaling)
+                    shared = self._attend_shared(grouped, prompt.keys[index], prompt.values[index], scale)
                     merged = merge(shared, partial)
                     partial = merged if rows is None else _select(rows, merged, partial)
             return apply_sinks(partial, attention.sinks.view(1, key.shape[1], -1)).flatten(1, 2)
@@ -94,6 +100,21 @@ class Runner:
         return self._decoder.norm(hidden)
 
     @staticmethod
+    def _attend_own(
+        query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scale: float, longest: int
+    ) -> Partial:
+        """Every slot's query [S, K, G, C] over its own completion, a block of tokens at a time up to the longest one's.
+
+        For a shorter completion the blocks past its end merge with weight 0, exactly, so its bits do not depend on who
+        the longest is.
+        """
+        partials = [
+            attend(query, keys[:, :, block], values[:, :, block], scale=scale, visible=visible[:, None, None, block])
+            for block in (slice(s, min(s + OWN_BLOCK, keys.shape[2])) for s in range(0, longest, OWN_BLOCK))
+        ]
+        return functools.reduce(merge, partials)
+
+    @staticmethod
     def _attend_shared(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
         """Every slot's query [S, K, G, C] over one prompt's keys [K, L, C]: one product for all who share it."""
         num_slots, kv_heads, groups, channels = query.shape
@@ -104,11 +125,6 @@ class Runner:
             out.view(kv_heads, num_slots, groups, channels).transpose(0, 1).contiguous(),
             lse.view(kv_heads, num_slots, groups).transpose(0, 1).contiguous(),
         )
-
-    @staticmethod
-    def _own_capacity(cache: Cache) -> int:
-        full = [layer for layer, sliding in zip(cache.layers, cache.sliding, strict=True) if not sliding]
-        return full[0].keys.shape[2] if full else 0
 
     @staticmethod
     def _residents(cache: Cache) -> list[tuple[Prompt, Tensor | None]]:

@@ -1,7 +1,7 @@
 """A trained policy's weights as a checkpoint: base plus adapter, re-quantised to MXFP4 or dense, written in shards.
 
-Source: the published gpt-oss layout (MXFP4 experts, the rest bfloat16) and transformers' dense one. Tensors are made and
-written one shard at a time, so that a merge needs the memory of one shard beside the policy.
+Source: the published gpt-oss layout (MXFP4 experts, the rest bfloat16) and transformers' dense one. Tensors are made
+and written one shard at a time, so that a merge needs the memory of one shard beside the policy.
 """
 
 import json
