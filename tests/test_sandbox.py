@@ -162,6 +162,10 @@ def test_each_way_to_fail_has_its_outcome(pool: SandboxPool, program: str, outco
         "match [1, 2]:\n    case [a, *rest]:\n        pass\n" + HALVING,
         "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    message = f'{error!r:>40}'\n" + HALVING,
         "def tree(n):\n    yield from (tree(n - 1) if n else [0])\nlist(tree(50))\n" + HALVING,
+        "class A:\n    def __del__(self):\n        1 / 0\nA()\n" + HALVING,
+        "import typing\ntyping.reveal_type(3)\n" + HALVING,
+        "async def never():\n    pass\nnever()\n" + HALVING,
+        "def gen():\n    try:\n        yield 1\n    finally:\n        1 / 0\nnext(gen())\n" + HALVING,
         "x = [i for i in range(10 ** 6)]\ndel x\n" + HALVING,
     ],
 )

@@ -22,6 +22,7 @@ import os
 import resource
 import socket
 import struct
+import sys
 import types
 from typing import Any, NoReturn
 
@@ -146,6 +147,8 @@ def run_program(
     walls: Walls, pipe: Pipe, tables: dict[str, object], harnesses: dict[str, types.ModuleType]
 ) -> NoReturn:
     """Loads the program and lets the harness serve it; never returns."""
+    # What Python would print for a program (an exception in __del__, say) goes nowhere.
+    sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None
     try:
         start: dict[str, Any] = json.loads(pipe.receive())
         guarded = start["guarded"]
@@ -179,7 +182,7 @@ def read_exactly(control: socket.socket, size: int) -> bytes:
     while len(parts) < size:
         part = control.recv(size - len(parts))
         if not part:
-            os._exit(0)
+            raise EOFError("the other end of the nursery's socket is gone")
         parts += part
     return bytes(parts)
 
@@ -194,7 +197,10 @@ def nurse(control: socket.socket) -> NoReturn:
     programs.seed_random()
     compile_warm()
     tables = programs.make_builtins(lambda what: pipe.end("cheat", what))
-    sources = json.loads(read_exactly(control, int.from_bytes(read_exactly(control, 4), "little")))
+    try:
+        sources = json.loads(read_exactly(control, int.from_bytes(read_exactly(control, 4), "little")))
+    except EOFError:
+        os._exit(0)
     harnesses = {name: load_harness(name, source) for name, source in sources.items()}
     gc.collect()
     gc.freeze()
