@@ -16,7 +16,8 @@ def number(value: float | None) -> str:
         text = f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
         text = text.rstrip("0").rstrip(".") if size < 1 else text
     else:
-        text = f"{value:.1e}"
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
     return text.replace("-", MINUS)
 
 

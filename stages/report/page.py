@@ -45,7 +45,7 @@ def write(run_dir: Path, *, out: Path | None = None) -> Path:
 
 def render(contents: Contents) -> str:
     """The whole page as text."""
-    assets = files("stages.report") / "assets"
+    assets = files("stages.report")
     script = (assets / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template((assets / "page.html").read_text(encoding="utf-8")).substitute(
