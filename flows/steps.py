@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import importlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,9 @@ log = logging.getLogger("flows")
 
 
 def stage_function(name: str) -> Callable[[StageContext], None]:
-    """stages.<name>.run"""
+    """stages.<name>.run, its imports kept from drawing bars and notes of their own over the progress."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     function: Callable[[StageContext], None] = importlib.import_module(f"stages.{name}").run
     return function
 

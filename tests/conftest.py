@@ -1,5 +1,6 @@
 """Fixtures that several files share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,13 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random gpt-oss in the MXFP4 layout: 4 layers, the true architecture, weights that matter."""
     torch.set_num_threads(2)
     return write_checkpoint(tmp_path_factory.mktemp("gpt_oss"))
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prefect server of the test session's own."""
+    from flows import server
+
+    home = tmp_path_factory.mktemp("prefect")
+    yield server.start(home)
+    server.stop(home)
