@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 
-import docker
 import pytest
 
 import stages.sandbox.pool
 from stages.config import SandboxConfig, UserError
 from stages.sandbox import Job, Limits, Outcome, Result, SandboxError, SandboxPool, open_pool, reap
+from stages.sandbox.container import host_config
 from stages.sandbox.image import connect
 
 pytestmark = pytest.mark.docker
@@ -81,7 +81,7 @@ def judged(pool: SandboxPool, program: str, *secrets: object, limits: Limits | N
 
 
 def own_containers(**labels: str) -> list[dict]:
-    client = docker.APIClient()
+    client = connect()
     wanted = [f"{name.replace('_', '.')}={value}" for name, value in labels.items()]
     return client.containers(all=True, filters={"label": wanted})
 
@@ -187,7 +187,7 @@ def test_a_container_killed_under_a_job_is_replaced_and_the_job_judged(pool: San
     time.sleep(0.3)
     assert not future.done()
     before = pool.num_started
-    docker.APIClient().remove_container(next(iter(pool.live)).id, force=True)
+    connect().remove_container(next(iter(pool.live)).id, force=True)
     result = future.result(timeout=60)
     assert result.outcome is Outcome.ok
     assert [row["tries"] for row in result.cases] == [1, 1]
@@ -217,7 +217,7 @@ def test_a_container_is_recycled_after_its_number_of_jobs() -> None:
 
 def test_a_container_has_no_network_no_writable_root_and_three_capabilities(pool: SandboxPool) -> None:
     judged(pool, HALVING)
-    config = docker.APIClient().inspect_container(next(iter(pool.live)).id)["HostConfig"]
+    config = connect().inspect_container(next(iter(pool.live)).id)["HostConfig"]
     assert config["NetworkMode"] == "none"
     assert config["ReadonlyRootfs"] is True
     assert config["CapDrop"] == ["ALL"]
@@ -230,11 +230,65 @@ def test_a_container_has_no_network_no_writable_root_and_three_capabilities(pool
     assert any(option.startswith("seccomp=") and "clone3" in option for option in config["SecurityOpt"])
 
 
+def test_even_the_supervisor_is_refused_what_no_sandbox_needs() -> None:
+    numbers = {  # x86_64, from the kernel's table
+        "socket": 41,
+        "ptrace": 101,
+        "mount": 165,
+        "keyctl": 250,
+        "unshare": 272,
+        "perf_event_open": 298,
+        "bpf": 321,
+        "userfaultfd": 323,
+        "io_uring_setup": 425,
+        "clone3": 435,
+        "pidfd_getfd": 438,
+        "process_vm_readv": 310,
+        "chroot": 161,
+    }
+    script = f"""
+import ctypes, errno, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+passed = []
+for name, number in {numbers!r}.items():
+    ctypes.set_errno(0)
+    libc.syscall(number, 0, 0, 0, 0, 0, 0)
+    if ctypes.get_errno() != (errno.ENOSYS if name == "clone3" else errno.EPERM):
+        passed.append(name)
+for path in ("/flexsink/x", "/tmp/x", "/dev/shm/x", "/proc/sys/kernel/core_pattern"):
+    try:
+        open(path, "w")
+        passed.append(path)
+    except OSError:
+        pass
+try:
+    os.chown("/proc/self", 1, 1)
+    passed.append("chown")
+except OSError:
+    pass
+sys.exit(len(passed))
+"""
+    client = connect()
+    settings = host_config(client, memory_bytes=64 << 20, runtime="") | {"AutoRemove": False}
+    image = stages.sandbox.pool.require_image(client)
+    created = client.create_container(image, entrypoint=["python3", "-c", script], host_config=settings)
+    try:
+        client.start(created["Id"])
+        assert client.wait(created["Id"])["StatusCode"] == 0
+    finally:
+        client.remove_container(created["Id"], force=True)
+
+
 def test_reap_removes_what_a_killed_process_left_and_nothing_else(pool: SandboxPool) -> None:
     client = connect()
     image = stages.sandbox.pool.require_image(client)
     labels = {"flexsink.sandbox": "1", "flexsink.run": "test-killed"}
-    left = client.create_container(image, entrypoint=["python3", "-c", "import time; time.sleep(99)"], labels=labels)
+    left = client.create_container(
+        image,
+        entrypoint=["python3", "-c", "import time; time.sleep(99)"],
+        labels=labels,
+        host_config=client.create_host_config(network_mode="none"),
+    )
     client.start(left["Id"])
     judged(pool, HALVING)
     assert reap({"flexsink.run": "test-killed"}) == 1

@@ -8,6 +8,7 @@ it should not have said.
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stages.sandbox.image import connect, require_image
 from stages.sandbox.protocol import MAX_PROGRAM_BYTES, Job, Outcome, Result, SandboxError
 
 MAX_ATTEMPTS = 3
+PAUSE_S = 0.3  # before each further attempt, times those already made: a daemon that restarts is away for a second
 JOBS_PER_CONTAINER = 500
 LABEL = "flexsink.sandbox"  # on every container of every pool
 
@@ -105,6 +107,7 @@ class SandboxPool:
                 self.bury(container)
                 container = None
                 if waiting.attempts < MAX_ATTEMPTS and not self.closing:
+                    time.sleep(PAUSE_S * waiting.attempts)
                     self.waiting.put(waiting)
                 else:
                     waiting.future.set_exception(error)
