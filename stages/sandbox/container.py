@@ -21,6 +21,7 @@ MIB = 1 << 20
 OVERHEAD_BYTES = 128 * MIB  # supervisor and nursery 25 MB, the 2048 judge's tables up to 30 MB
 MAX_PIDS = 12  # init, supervisor, nursery, its go-between, one case
 START_S = 30.0  # cold containers take 0.2-0.4 s
+REMOVE_S = 10.0
 REPLY_GRACE_S = 15.0  # past the job's own wall time
 MAX_REPLY_BYTES = 16 * MIB
 MAX_STDERR_BYTES = 8192
@@ -52,6 +53,22 @@ def host_config(client: Any, *, memory_bytes: int, runtime: str) -> dict[str, An
         security_opt=["no-new-privileges:true", f"seccomp={(FOLDER / 'seccomp.json').read_text()}"],
     )
     return config
+
+
+def remove(client: Any, container: str) -> None:
+    """Removes a container and returns when it is gone. Never raises: the daemon may be gone, and with it the container."""
+    import docker
+
+    deadline = time.monotonic() + REMOVE_S
+    while time.monotonic() < deadline:
+        try:
+            client.remove_container(container, force=True, v=True)
+        except docker.errors.NotFound:
+            return
+        except docker.errors.APIError:
+            time.sleep(0.05)  # the daemon is at it already: their pipe closed, or another thread asked
+        except (docker.errors.DockerException, OSError):
+            return
 
 
 class Container:
@@ -207,12 +224,8 @@ class Container:
 
     def discard(self) -> None:
         """Ends and removes the container; never raises."""
-        import docker
-
         self.hang_up()
         if self.socket is not None:
             self.stream.close()
         if self.id:
-            # Removed already by the daemon (auto_remove), or the daemon is gone and with it the container.
-            with contextlib.suppress(docker.errors.DockerException, OSError):
-                self.client.remove_container(self.id, force=True, v=True)
+            remove(self.client, self.id)

@@ -5,7 +5,6 @@ container is replaced after `jobs_per_container` jobs, and at once after a timeo
 it should not have said.
 """
 
-import contextlib
 import queue
 import threading
 import time
@@ -16,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from stages.config import SandboxConfig, UserError
-from stages.sandbox.container import Container
+from stages.sandbox.container import Container, remove
 from stages.sandbox.image import connect, require_image
 from stages.sandbox.protocol import MAX_PROGRAM_BYTES, Job, Outcome, Result, SandboxError
 
@@ -186,15 +185,10 @@ def open_pool(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Ma
 
 def reap(labels: Mapping[str, str]) -> int:
     """Removes the sandbox containers that bear all these labels; returns how many. UserError without a daemon."""
-    import docker
-
     client = connect()
     wanted = [LABEL, *(f"{name}={value}" for name, value in labels.items())]
     found = client.containers(all=True, filters={"label": wanted})
     for container in found:
-        with contextlib.suppress(
-            docker.errors.APIError
-        ):  # going already: the daemon removes them when their pipe closes
-            client.remove_container(container["Id"], force=True, v=True)
+        remove(client, container["Id"])
     client.close()
     return len(found)
