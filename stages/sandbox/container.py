@@ -56,7 +56,7 @@ def host_config(client: Any, *, memory_bytes: int, runtime: str) -> dict[str, An
 
 
 def remove(client: Any, container: str) -> None:
-    """Removes a container and returns when it is gone. Never raises: the daemon may be gone, and with it the container."""
+    """Removes a container and waits until it is gone. Never raises: daemon and container may be gone already."""
     import docker
 
     deadline = time.monotonic() + REMOVE_S
