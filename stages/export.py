@@ -161,11 +161,13 @@ def check_model(folder: Path, format: str, probes: list[Completion]) -> dict[str
     """Loads the folder with transformers and with ours, in float32 and in its own type, and compares the logits."""
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=FORMATS[format]).eval()
     figures = {}
     for dtype in dict.fromkeys((FORMATS[format], torch.float32)):
         name = str(dtype).removeprefix("torch.")
-        theirs.to(dtype)  # type: ignore[arg-type]
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=FORMATS[format])
+        if dtype != FORMATS[format]:
+            theirs.to(dtype)  # widened only: casting to 16 bits would round RoPE's frequencies, which stay float32
+        theirs.eval()
         ours = build(Checkpoint(folder), experts="dequantized", dtype=dtype, device=theirs.device)
         figures[name] = difference([(logits_of(ours, p), logits_of(theirs, p)) for p in probes], name)
     return figures
@@ -178,7 +180,9 @@ def check_adapter(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(checkpoint.folder, attn_implementation="eager", dtype=torch.bfloat16)
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, attn_implementation="eager", dtype=torch.bfloat16
+    )
     theirs = PeftModel.from_pretrained(base.to(torch.float32), folder).eval()
     pairs = [(mine, log_distributions(theirs, probe)) for mine, probe in zip(live, probes, strict=True)]
     return {"float32": difference(pairs, "float32")}
