@@ -275,6 +275,18 @@ def test_the_page_shows_the_figures_in_the_files(run: RunDir, page: Path) -> Non
         assert f'spent-{stage}"></i>{stage}</th>' in text
 
 
+def test_the_page_says_what_an_export_kept(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    row = re.search(r"<tr><th scope=\"row\">mxfp4</th>(.*?)</tr>", text)
+    assert row
+    assert re.findall(r"<td>(.*?)</td>", row[1]) == [
+        "2.0 MiB",
+        "0.0125",
+        "3\u202f210",
+        "42\u202f% 97\u202f% with its residual",
+    ]
+
+
 def test_best_and_worst_are_the_highest_and_lowest_rewards_of_different_programs(run: RunDir) -> None:
     shown = collect(run.path)
     rows = [

@@ -1,6 +1,7 @@
 """A run's files to the Contents of its report. Reads figures of every completion, but texts of the few it shows."""
 
 import heapq
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from stages.artifacts.parquet import EVALUATIONS, read_table
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
 from stages.config import RunConfig
-from stages.report.contents import Contents, Cost, Game, Player, Program
+from stages.report.contents import Contents, Cost, Export, Game, Player, Program
 from stages.report.replay import ReplayError, replay
 from stages.tasks.game2048.task import Options
 
@@ -38,6 +39,7 @@ def collect(path: Path) -> Contents:
         worst=worst,
         games=_games(run, config, sorted(summaries)) if config.task.name == "game2048" else [],
         costs=_costs(run),
+        exports=_exports(run),
         config=config.to_dict(),
         environment=run.environment(),
     )
@@ -134,6 +136,20 @@ def _game(title: str, record: PlayedGame, row: dict[str, Any], config: RunConfig
     except ReplayError:
         return None  # played under rules that have changed since: the page leaves it out rather than show another game
     return Game(title=title, completion_id=row["completion_id"] or "", replay=recorded, program=row["program"] or "")
+
+
+def _exports(run: RunDir) -> list[Export]:
+    shown = []
+    for stage in history.finished(run):
+        facts = run.folder(stage) / "export.json"
+        manifest = run.manifest(stage)
+        if stage.name != "export" or manifest is None or not facts.is_file():
+            continue
+        body = json.loads(facts.read_text(encoding="utf-8"))
+        names = ("kl_to_live", "score_exported", "gain_kept", "gain_kept_with_residual")
+        weights = sum(entry["bytes"] for name, entry in manifest.files.items() if name.endswith(".safetensors"))
+        shown.append(Export(stage.label, weights, *(body.get(name) for name in names)))
+    return shown
 
 
 def _costs(run: RunDir) -> list[Cost]:

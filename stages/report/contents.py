@@ -69,6 +69,22 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Export:
+    """One exported model; None where the format is not judged, or where training had gained nothing to keep.
+
+    kl: to the policy it was made of, nats per token; gain_kept: share of the held-out gain
+    with_residual: the same share with the residual adapter that lies beside it
+    """
+
+    format: str
+    bytes: int
+    kl: float | None
+    score: float | None
+    gain_kept: float | None
+    with_residual: float | None
+
+
+@dataclass(frozen=True)
 class Contents:
     """Everything on the page. Lists are empty where the run has not come so far."""
 
@@ -84,6 +100,7 @@ class Contents:
     worst: list[Program] = field(default_factory=list)
     games: list[Game] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
+    exports: list[Export] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 

@@ -47,7 +47,9 @@ def duration(seconds: float) -> str:
 
 def size(count: int) -> str:
     """Bytes in MiB or GiB; nothing for 0, which is what nobody measured."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB" if count else ""
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.{0 if count >= 10 * 2**20 else 1}f} MiB" if count else ""
 
 
 def words(name: str) -> str:

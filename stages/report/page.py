@@ -25,6 +25,7 @@ ORDER = (
     games.programs,
     training.outcomes,
     training.inside,
+    training.exports,
     training.timings,
     training.settings,
 )

@@ -123,6 +123,29 @@ def timings(contents: Contents) -> str:
     )
 
 
+def exports(contents: Contents) -> str:
+    """The exported models and what they kept of what was learned."""
+    rows = []
+    for export in contents.exports:
+        kept = [export.gain_kept, export.with_residual]
+        told = " ".join(
+            f"{percent(share)}{note}"
+            for share, note in zip(kept, ("", " with its residual"), strict=True)
+            if share is not None
+        )
+        cells = (size(export.bytes), number(export.kl), number(export.score), told or "\u2013")
+        rows.append(
+            f'<tr><th scope="row">{escape(export.format)}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+        )
+    if not rows:
+        return ""
+    return section(
+        "Exported",
+        "Each was loaded again by transformers and played the held-out games; KL is to the trained policy, per token.",
+        card(table(["Format", "Weights", "KL", "Mean score", "Gain kept"], rows)),
+    )
+
+
 def settings(contents: Contents) -> str:
     """The resolved configuration and the environment, folded away."""
     parts = []
