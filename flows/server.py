@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.artifacts import RunDir
-from stages.artifacts.run import locked, write_json
+from stages.artifacts.run import explained, locked, write_json
 from stages.config import UserError
 
 HOME = Path("data/.prefect")
@@ -159,7 +159,7 @@ def api_errors() -> tuple[type[BaseException], ...]:
 
 def remember(run: RunDir, flow_run_id: str) -> None:
     """Keeps a flow run's id with the run, to find it again after a kill."""
-    with open(run.logs / "flow_runs.txt", "a") as file:
+    with explained(run.path), open(run.logs / "flow_runs.txt", "a") as file:
         file.write(flow_run_id + "\n")
 
 

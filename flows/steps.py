@@ -197,15 +197,25 @@ def default_path(runs: Path, preset: str) -> Path:
     return path
 
 
+class RunLog(logging.FileHandler):
+    """A log file whose failures, a full disk above all, neither end the run nor fill the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def logging_to(run: RunDir, level: str) -> Iterator[None]:
     """Sends what is logged, Python's warnings too, to logs/flexsink.log of the run and not to the terminal."""
     with explained(run.path):
         run.logs.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(run.logs / "flexsink.log")
+        handler = RunLog(run.logs / "flexsink.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(level)
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not fill the terminal
     root = logging.getLogger()
     root.addHandler(handler)
     for name in ("flows", "stages"):

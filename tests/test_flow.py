@@ -154,7 +154,7 @@ def test_plan_warns_where_code_or_versions_differ(tmp_path: Path) -> None:
 
 def flexsink(*words: str, url: str, cwd: Path, mood: str = "", start: bool = False) -> Any:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    environment |= {"PREFECT_API_URL": url, "PYTHONPATH": str(ROOT), "SMALL_STAGES": mood}
+    environment |= {"PREFECT_API_URL": url, "PYTHONPATH": f"{cwd}:{ROOT}", "SMALL_STAGES": mood}
     command = [sys.executable, "-m", "tests.small_stages", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     if start:
@@ -332,13 +332,17 @@ def test_stopping_never_ends_a_process_that_only_has_the_same_id(tmp_path: Path)
 @pytest.mark.docker
 @pytest.mark.slow
 def test_serving_trains_on_schedule_and_ends_after_so_many_runs(prefect_server: str, tmp_path: Path) -> None:
-    done = flexsink(
-        "serve", "tiny_test", "--cron", "* * * * *", "--stop-after-runs", "1", url=prefect_server, cwd=tmp_path
-    )
+    # The run is a process of Prefect's making: it gets the small stages through sitecustomize.
+    (tmp_path / "sitecustomize.py").write_text("from tests.small_stages import install\ninstall()\n")
+    words = ("serve", "tiny_test", "train.seed=3", "--cron", "* * * * *", "--stop-after-runs", "1")
+    done = flexsink(*words, url=prefect_server, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    runs = list((tmp_path / "data/runs").iterdir())
-    assert len(runs) >= 1
+    run = RunDir(min((tmp_path / "data/runs").iterdir()))
+    assert run.config().train.seed == 3
+    actions = [decision.action for _, decision in survey(run, run.config(), list(stages_of(run.config())))]
+    assert actions == ["REUSE"] * 10
+    assert flow_run(prefect_server, run)["state_type"] == "COMPLETED"
 
 
 def test_a_wrong_cron_is_refused_at_once(prefect_server: str, tmp_path: Path) -> None:

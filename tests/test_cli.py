@@ -1,0 +1,248 @@
+"""The command line: quick help, and one line with a hint for whatever can be expected to go wrong."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import doctor
+from flows.config import resolved
+from flows.presets import preset
+from flows.steps import local
+from flows.train import loop
+from stages.artifacts import RunDir, Session
+from tests import small_stages
+from tests.test_flow import Lines
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("pyarrow", "rich", "torch", "prefect", "docker", "numpy", "transformers")
+
+
+def flexsink(*words: str, cwd: Path = ROOT, small: bool = False, **extra: str) -> Any:
+    """The command's exit code and output, in a process of its own."""
+    module = "tests.small_stages" if small else "flows.cli"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | extra
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def assert_refused(done: Any, message: str, hint: str = "") -> None:
+    """Exit code 2, one error line with the message, one hint line, nothing else."""
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], done.stderr
+    assert message in lines[0]
+    assert hint in lines[1]
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A whole run of small stages."""
+    for name in ("load", "rollout", "score", "update", "evaluate", "export"):
+        monkeypatch.setitem(sys.modules, f"stages.{name}", sys.modules.get(f"stages.{name}"))
+    small_stages.install()
+    config = resolved(preset("tiny_test"))
+    run = RunDir.create(tmp_path / "run", config)
+    with Session() as session, open(os.devnull, "w") as nowhere, Lines(nowhere) as view:
+        loop(config, local(run, config, session, view))
+    return run
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    code = "import sys\nfrom flows.cli import dispatch\ntry:\n    dispatch(['--help'])\nexcept SystemExit:\n    pass\n"
+    code += f"print([name for name in {HEAVY} if name in sys.modules])"
+    fastest = 60.0
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        fastest = min(fastest, time.perf_counter() - started)
+        assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert "train" in done.stdout
+    assert fastest < 0.6  # the bar is 0.3 s on a machine that does nothing else
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "resume", "plan", "inspect", "runs", "report", "evaluate", "export", "serve"]
+)
+def test_every_command_has_a_help(command: str) -> None:
+    done = flexsink(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"flexsink {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["train", "tinny"], "unknown preset 'tinny'", "did you mean tiny?"),
+        (["train", "tiny", "train.iteration=2"], "unknown key train.iteration", "did you mean train.iterations?"),
+        (
+            ["train", "tiny", "train.iterations=two"],
+            "train.iterations must be a whole number, not 'two'",
+            "for example",
+        ),
+        (["train", "tiny", "task.name=chess"], "unknown task 'chess'", ""),
+        (["train", "tiny", "task.name=matmul"], "matmul", ""),
+        (["train", "tiny", "steps.runner=docker"], "steps.runner=docker", "steps.runner=process"),
+        (["train"], "PRESET", "flexsink train --help"),
+        (["trian", "tiny"], "invalid choice: 'trian'", "flexsink --help"),
+        (["resume", "/nowhere/run"], "/nowhere/run holds no run", "flexsink runs"),
+        (["plan", "tinny"], "unknown preset 'tinny'", "did you mean tiny?"),
+        (["plan", "data/runs/none"], "data/runs/none holds no run", "flexsink runs"),
+        (["evaluate", "/nowhere/run"], "/nowhere/run holds no run", ""),
+        (["export", "/nowhere/run", "--out", "/tmp/x"], "/nowhere/run holds no run", ""),
+        (["export", "/nowhere/run"], "--out", "flexsink export --help"),
+        (["inspect", "/nowhere/run"], "/nowhere/run", ""),
+    ],
+)
+def test_bad_words_are_one_error_and_one_hint(words: list[str], message: str, hint: str) -> None:
+    assert_refused(flexsink(*words), message, hint)
+
+
+def test_no_docker_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    done = flexsink("train", "tiny", "--run-dir", str(tmp_path / "run"), DOCKER_HOST=f"unix://{tmp_path}/dead.sock")
+    assert_refused(done, "no Docker daemon answers", "start Docker")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.docker
+def test_a_folder_of_another_config_is_refused_and_the_difference_shown(finished: RunDir) -> None:
+    before = (finished.path / "config.json").read_bytes()
+    done = flexsink("train", "tiny_test", "train.seed=4", "--run-dir", str(finished.path), small=True)
+    assert_refused(done, "holds a run of another configuration: train.seed 0 -> 4", f"flexsink resume {finished.path}")
+    assert (finished.path / "config.json").read_bytes() == before
+
+
+def test_resume_refuses_what_is_in_a_key(finished: RunDir) -> None:
+    done = flexsink("resume", str(finished.path), "train.seed=4", small=True)
+    assert_refused(done, "resume cannot change train.seed 0 -> 4", "start a new run")
+
+
+def test_a_config_that_is_not_one_is_refused(finished: RunDir) -> None:
+    (finished.path / "config.json").write_text('{"train": {"iterations":')
+    assert_refused(flexsink("resume", str(finished.path)), "the configuration is not JSON", "restore config.json")
+
+
+@pytest.mark.docker
+def test_a_photo_folder_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_text("cat")
+    done = flexsink("train", "tiny_test", "--run-dir", str(tmp_path), small=True)
+    assert_refused(done, "is not empty and holds no run", "--run-dir")
+    assert os.listdir(tmp_path) == ["cat.jpg"]
+
+
+@pytest.fixture
+def fixed(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system that is mounted read-only."""
+    yield from mounted(tmp_path / "fixed", "ro,size=64k")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 32 KiB."""
+    yield from mounted(tmp_path / "small", "size=32k")
+
+
+def mounted(path: Path, options: str) -> Iterator[Path]:
+    path.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path]).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.docker
+def test_a_read_only_folder_is_refused(fixed: Path) -> None:
+    done = flexsink("train", "tiny_test", "--run-dir", str(fixed / "run"), small=True)
+    assert_refused(done, "read-only file system", "choose another folder with --run-dir")
+
+
+@pytest.mark.docker
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(prefect_server: str, small_disk: Path) -> None:
+    path = small_disk / "run"
+    done = flexsink("train", "tiny_test", "--run-dir", str(path), small=True, PREFECT_API_URL=prefect_server)
+    assert_refused(done, "the disk is full", "free some space")
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    done = flexsink("resume", str(path), small=True, PREFECT_API_URL=prefect_server)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.docker
+def test_a_run_that_fails_before_anything_is_made_leaves_no_folder(prefect_server: str, tmp_path: Path) -> None:
+    words = ("train", "tiny_test", f"model.source={tmp_path / 'none'}", "--run-dir", str(tmp_path / "run"))
+    done = flexsink(*words, PREFECT_API_URL=prefect_server)
+    assert_refused(done, str(tmp_path / "none"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_shows_what_would_run_and_why(finished: RunDir) -> None:
+    done = flexsink("plan", str(finished.path))
+    assert done.returncode == 0, done.stderr
+    assert "0 to run, 10 to reuse" in done.stdout
+    (finished.path / "iterations/00001/score/scores-00000.parquet").unlink()
+    lines = flexsink("plan", str(finished.path)).stdout.splitlines()
+    rows = {line[:13].strip(): line[13:].strip().split(None, 1) for line in lines}
+    assert rows["score 1"] == ["RUN", "scores-00000.parquet is missing"]
+    assert rows["update 1"] == ["RUN", "unless score 1 comes out as before"]
+    assert rows["rollout 1"][0] == "REUSE"
+    assert "4 to run, 6 to reuse" in lines
+    assert "train.iterations" not in (flexsink("plan", str(finished.path), "train.iterations=3").stderr)
+
+
+def test_plan_of_a_preset_lists_every_stage() -> None:
+    done = flexsink("plan", "tiny_test", "train.iterations=1")
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [
+        "load", "evaluate", "rollout", "score", "update", "evaluate", "export",
+    ]  # fmt: skip
+
+
+@pytest.mark.docker
+def test_export_delivers_a_folder_once_and_is_strict_on_request(finished: RunDir, tmp_path: Path) -> None:
+    words = ("export", str(finished.path), "--format", "mxfp4", "--out", str(tmp_path / "model"))
+    done = flexsink(*words, small=True)
+    assert done.returncode == 0, done.stderr
+    assert "keeps 50 % of the gain" in done.stdout
+    assert sorted(os.listdir(tmp_path / "model")) == ["export.json", "model.txt"]
+    assert_refused(flexsink(*words, small=True), "is there already", "--out")
+    other = ("export", str(finished.path), "--format", "bf16", "--out", str(tmp_path / "other"), "--strict")
+    done = flexsink(*other, small=True)
+    assert done.returncode == 3, done.stderr
+    assert (finished.path / "export/bf16/manifest.json").exists()
+    assert (finished.path / "export/mxfp4/manifest.json").exists()
+
+
+@pytest.mark.docker
+def test_evaluate_prints_the_policys_figures(finished: RunDir) -> None:
+    done = flexsink("evaluate", str(finished.path), small=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("reused")
+    assert "5 distinct of 8 programs" in done.stdout
+    assert_refused(
+        flexsink("evaluate", str(finished.path), "--updates", "9", small=True), "evaluate 9 is not in this run"
+    )
+
+
+def test_a_stage_alone_says_what_it_is_missing(finished: RunDir) -> None:
+    (finished.path / "load/model.json").unlink()
+    command = [sys.executable, "-m", "stages.score", "--run-dir", str(finished.path), "--iteration", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_refused(done, "score 0 needs load: model.json is missing", f"flexsink resume {finished.path}")
+
+
+@pytest.mark.docker
+def test_the_doctor_finds_this_machine_fit() -> None:
+    failing = [line for line in doctor.check() if not line.ok]
+    assert failing == []
+
+
+def test_the_doctor_has_a_hint_for_what_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/dead.sock")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    monkeypatch.chdir(tmp_path)
+    failing = {line.name: line for line in doctor.check() if not line.ok}
+    assert {"docker", "sandbox image", "tiny model", "prefect"} <= set(failing)
+    assert all(line.hint for line in failing.values())
