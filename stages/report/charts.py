@@ -175,7 +175,7 @@ def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(unit for unit in (1.0, 2.0, 2.5, 5.0, 10.0) if unit * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def tick_text(tick: float, step: float) -> str:
