@@ -179,7 +179,7 @@ def test_stacked_bars_have_heights_in_proportion() -> None:
     [
         "def strategy(board):\n    return 'W' if len(board) > 3 else \"A\"  # <b>&amp;</b>\n",
         "'''never closed <script>alert(1)</script>",
-        "<i>x</i><        "x = 0x1F + 1_000.5e-3>",
+        "<i>x</i><&>",
         "x = 0x1F + 1_000.5e-3 \\\n\tclass\n",
         "\u00e9 = f'{1!r}' ''' '''  \x00 \ud7ff",
         "",
