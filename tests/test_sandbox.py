@@ -1,5 +1,6 @@
 """The sandbox with real Docker: verdicts, limits, replaced containers, speed, what is said when Docker is missing."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -207,12 +208,31 @@ def test_after_three_failures_the_job_raises(pool: SandboxPool, monkeypatch: pyt
     assert len(attempts) == 3
 
 
+def test_a_daemon_that_goes_away_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_pool(SandboxConfig(containers=1), harnesses={"guess": HARNESS}, labels=LABELS) as pool:
+        judged(pool, HALVING)
+        monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+        next(iter(pool.live)).hang_up()
+        with pytest.raises(SandboxError, match="no Docker daemon answers"):
+            judged(pool, HALVING)
+
+
 def test_a_container_is_recycled_after_its_number_of_jobs() -> None:
     config = SandboxConfig(containers=1)
     with SandboxPool(config, harnesses={"guess": HARNESS}, labels=LABELS, jobs_per_container=3) as pool:
         for _ in range(7):
             assert judged(pool, HALVING).outcome is Outcome.ok
         assert pool.num_started == 3
+
+
+def test_replacing_containers_leaves_no_descriptor_open() -> None:
+    config = SandboxConfig(containers=1)
+    with SandboxPool(config, harnesses={"guess": HARNESS}, labels=LABELS, jobs_per_container=1) as pool:
+        counts = []
+        for _ in range(8):
+            judged(pool, HALVING)
+            counts.append(len(os.listdir("/proc/self/fd")))
+    assert max(counts[4:]) <= max(counts[:4]) + 1, counts
 
 
 def test_a_container_has_no_network_no_writable_root_and_three_capabilities(pool: SandboxPool) -> None:

@@ -260,6 +260,7 @@ CHANNEL = (
         "claims a crash and goes on",
         FRAME + PIPE + inside("os.write(1, frame(find_pipe().nonce, b'X', b'crash\\n'))"),
         CRASH,
+        CHEAT,
     ),
     inner("answers twice", FRAME + PIPE + inside("os.write(1, frame(find_pipe().nonce, b'M', b'7'))"), CHEAT),
     inner("answers with its own send", PIPE + inside("find_pipe().send(b'7')"), CHEAT),

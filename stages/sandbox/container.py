@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from stages.sandbox.image import FOLDER
+from stages.config import UserError
+from stages.sandbox.image import FOLDER, connect
 from stages.sandbox.protocol import PROTOCOL_VERSION, Job, Outcome, Result, SandboxError
 
 MIB = 1 << 20
@@ -25,9 +26,7 @@ REMOVE_S = 10.0
 REPLY_GRACE_S = 15.0  # past the job's own wall time
 MAX_REPLY_BYTES = 16 * MIB
 MAX_STDERR_BYTES = 8192
-STREAM_HEADER = struct.Struct(
-    ">BxxxL"
-)  # the daemon's frame around what a container writes: stream (1 stdout, 2 stderr), length
+STREAM_HEADER = struct.Struct(">BxxxL")  # the daemon's frame around output: stream (1 stdout, 2 stderr), length
 STDOUT = 1
 
 
@@ -76,7 +75,6 @@ class Container:
 
     def __init__(
         self,
-        client: Any,
         *,
         image: str,
         harnesses: Mapping[str, str],
@@ -87,13 +85,17 @@ class Container:
         """Starts a container and waits until its supervisor answers; SandboxError when it does not."""
         import docker
 
-        self.client = client
         self.buffer = bytearray()
         self.stderr = bytearray()
         self.num_jobs = 0
         self.memory_bytes = memory_bytes
         self.id = ""
         self.socket: socket.socket | None = None
+        try:
+            # A client of its own: those of the docker package keep every connection that they ever opened.
+            client = self.client = connect()
+        except UserError as error:
+            raise SandboxError(error.message) from error
         try:
             created = client.create_container(
                 image,
@@ -226,6 +228,10 @@ class Container:
         """Ends and removes the container; never raises."""
         self.hang_up()
         if self.socket is not None:
-            self.stream.close()
+            # The client's stream and its socket share the descriptor, which stays open until both are closed.
+            with contextlib.suppress(OSError):
+                self.stream.close()
+                self.socket.close()
         if self.id:
             remove(self.client, self.id)
+        self.client.close()

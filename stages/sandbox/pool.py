@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 from stages.config import SandboxConfig, UserError
 from stages.sandbox.container import Container, remove
@@ -88,11 +87,10 @@ class SandboxPool:
 
     def work(self) -> None:
         """The life of one thread and its container."""
-        client = connect()
         container: Container | None = None
         try:
-            container = self.start(client)
-        except SandboxError:
+            container = self.start()
+        except Exception:
             container = None  # tried again, and told, with the first job
         while (waiting := self.waiting.get()) is not None:
             if waiting.attempts == 0 and not waiting.future.set_running_or_notify_cancel():
@@ -100,7 +98,7 @@ class SandboxPool:
             waiting.attempts += 1
             try:
                 if container is None:
-                    container = self.start(client)
+                    container = self.start()
                 result, reusable = container.judge(waiting.job)
             except SandboxError as error:
                 self.bury(container)
@@ -122,9 +120,8 @@ class SandboxPool:
             waiting.future.set_result(result)
         self.bury(container)
 
-    def start(self, client: Any) -> Container:
+    def start(self) -> Container:
         container = Container(
-            client,
             image=self.image,
             harnesses=self.harnesses,
             labels=self.labels,
