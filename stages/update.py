@@ -115,6 +115,7 @@ def run(context: StageContext) -> None:
                 "step": step,
                 "learning_rate": rate,
                 **total.means(),
+                "kl": total.means()["kl"] if update.kl else None,  # not measured without a reference
                 **engine,
                 "entropy": entropy,
                 "grad_norm": grad_norm,
