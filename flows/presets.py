@@ -19,7 +19,7 @@ def tiny() -> RunConfig:
     return RunConfig(
         preset="tiny",
         train=TrainConfig(iterations=24),
-        model=ModelConfig(source="data/tiny"),
+        model=ModelConfig(source="data/tiny", experts="dequantized"),
         rollout=RolloutConfig(prompts=4, group_size=8, max_new_tokens=320, max_slots=32),
         update=UpdateConfig(learning_rate=5e-3, steps=2, lora_rank=8, lora_alpha=16.0),
         evaluate=EvaluateConfig(programs=64, games=4),
@@ -31,7 +31,7 @@ def tiny_test() -> RunConfig:
     return RunConfig(
         preset="tiny_test",
         train=TrainConfig(iterations=2),
-        model=ModelConfig(source="data/tiny"),
+        model=ModelConfig(source="data/tiny", experts="dequantized"),
         rollout=RolloutConfig(prompts=2, group_size=8, max_new_tokens=160, max_slots=16),
         update=UpdateConfig(learning_rate=5e-3, steps=2, lora_rank=4, lora_alpha=8.0),
         evaluate=EvaluateConfig(programs=8, games=2),

@@ -109,13 +109,14 @@ def run(context: StageContext) -> None:
         if total.tokens:
             optimizer.step()
         entropy, engine = agreement(batch, old[index])
+        means = total.means()
         rows.append(
             {
                 "iteration": iteration,
                 "step": step,
                 "learning_rate": rate,
-                **total.means(),
-                "kl": total.means()["kl"] if update.kl else None,  # not measured without a reference
+                **means,
+                "kl": means["kl"] if update.kl else None,  # not measured without a reference
                 **engine,
                 "entropy": entropy,
                 "grad_norm": grad_norm,
@@ -124,7 +125,7 @@ def run(context: StageContext) -> None:
             }
         )
         step += 1
-        context.progress(index + 1, len(batches), "steps", loss=round(rows[-1]["loss"], 4), grad=round(grad_norm, 3))
+        context.progress(index + 1, len(batches), "steps", loss=round(means["loss"], 4), grad=round(grad_norm, 3))
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
     rate = tokens / max(seconds, 1e-9)
