@@ -1,0 +1,263 @@
+"""The real flow on the bundled model: killed anywhere, damaged anywhere, it ends with the artifacts of a quiet run.
+
+FLEXSINK_KILLS says at how many random moments the flow is killed (3); FLEXSINK_KILL_SEED repeats a failing choice.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.artifacts import RunDir, StageId
+
+ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("FLEXSINK_KILLS", "3"))
+pytestmark = [pytest.mark.slow, pytest.mark.docker]
+
+
+class Flow:
+    """`flexsink` with real stages, against the test session's Prefect server, in the project's folder."""
+
+    def __init__(self, url: str) -> None:
+        self.environment = os.environ | {"PREFECT_API_URL": url, "PYTHONPATH": str(ROOT)}
+
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *words],
+            cwd=ROOT,
+            env=self.environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        process = self.start(*words)
+        output, errors = process.communicate(timeout=560)
+        return process.returncode, output, errors
+
+    def resume(self, path: Path) -> str:
+        code, output, errors = self.run("resume", str(path))
+        assert (code, errors) == (0, "")
+        return output
+
+
+@pytest.fixture(scope="module")
+def flow(prefect_server: str) -> Flow:
+    return Flow(prefect_server)
+
+
+@pytest.fixture(scope="module")
+def quiet_run(flow: Flow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nothing disturbed, and how many seconds it took."""
+    path = tmp_path_factory.mktemp("quiet") / "run"
+    started = time.monotonic()
+    code, _, errors = flow.run("train", "tiny_test", "--run-dir", str(path))
+    assert (code, errors) == (0, "")
+    return path, time.monotonic() - started
+
+
+@pytest.fixture
+def copied(quiet_run: tuple[Path, float], tmp_path: Path) -> Path:
+    shutil.copytree(quiet_run[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def published(path: Path) -> dict[str, int]:
+    """The inode of every published stage folder."""
+    folders = [manifest.parent for manifest in path.rglob("manifest.json")]
+    return {
+        str(folder.relative_to(path)): folder.stat().st_ino for folder in folders if not folder.name.startswith(".")
+    }
+
+
+def artifacts(path: Path) -> dict[str, bytes]:
+    """Every byte of every published stage but timings; of manifests, what does not say how long things took."""
+    found = {}
+    for folder in published(path):
+        for file in sorted((path / folder).rglob("*")):
+            name = str(file.relative_to(path))
+            if file.name == "manifest.json":
+                body = json.loads(file.read_text())
+                body["files"].pop("timings.parquet")
+                found[name] = json.dumps(body, sort_keys=True).encode()
+            elif file.is_file() and file.name != "timings.parquet":
+                found[name] = file.read_bytes()
+    return found
+
+
+def containers(path: Path) -> list[str]:
+    """Ids of the containers, running or not, that bear the run's label."""
+    label = RunDir(path).labels()["flexsink.run"]
+    command = ["docker", "ps", "--all", "--quiet", "--filter", f"label=flexsink.run={label}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def assert_same(path: Path, other: Path) -> None:
+    ours, theirs = artifacts(path), artifacts(other)
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def moments(count: int, duration: float) -> Iterator[float]:
+    """Random moments, one in each of `count` equal parts of the duration."""
+    seed = int(os.environ.get("FLEXSINK_KILL_SEED", time.time_ns() % 10**9))
+    print(f"FLEXSINK_KILL_SEED={seed}")
+    source = random.Random(seed)
+    for part in range(count):
+        yield duration * (part + source.random()) / count
+
+
+def test_a_run_killed_at_random_moments_ends_like_a_quiet_one(
+    flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
+) -> None:
+    quiet, duration = quiet_run
+    resumed_midway = 0
+    for number, moment in enumerate(moments(KILLS, duration)):
+        path = tmp_path / f"run-{number}"
+        process = flow.start("train", "tiny_test", "--run-dir", str(path))
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if not (path / "config.json").exists():
+            continue  # killed before there was a run: nothing to resume, and nothing half-written either
+        done = published(path)
+        journals = []
+        for journal in path.rglob("*.journal"):
+            # A second name for the file: what the resumed run appends can be read after the stage has removed its own.
+            os.link(journal, tmp_path / f"{number}-{len(journals)}.journal")
+            journals.append((tmp_path / f"{number}-{len(journals)}.journal", len(journal.read_bytes().splitlines())))
+        print(f"killed after {moment:.1f} s: {len(done)} stages done, journals of {[lines for _, lines in journals]}")
+        flow.resume(path)
+        assert_same(path, quiet)
+        kept = published(path)
+        assert {name: kept[name] for name in done} == done, "a finished stage was made again"
+        for journal, _ in journals:
+            resumed_midway += 1
+            assert repeated(journal) == []
+        assert containers(path) == []
+        assert not list(path.rglob(".tmp-*"))
+        assert not list(path.rglob("*.journal"))
+        shutil.rmtree(path)
+    print(f"{resumed_midway} journals were gone on with")
+
+
+def repeated(journal: Path) -> list[str]:
+    """Completions or verdicts that a journal holds more than once."""
+    records = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
+    names = Counter(str(record.get("attempt_id") or record["completion_id"]) for record in records)
+    return [name for name, count in names.items() if count > 1]
+
+
+def test_a_kill_in_the_middle_of_a_rollout_samples_no_finished_completion_again(
+    flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    process = flow.start("train", "tiny_test", "--run-dir", str(path))
+    journal = wait_for_journal(path / "iterations/00000", process, lines=3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    os.link(journal, tmp_path / "kept.journal")
+    before = journal.read_bytes()
+    assert 3 <= before.count(b"\n") < 16
+    flow.resume(path)
+    after = (tmp_path / "kept.journal").read_bytes()
+    assert after.startswith(before[: before.rindex(b"\n") + 1])
+    assert after.count(b"\n") == 16
+    assert repeated(tmp_path / "kept.journal") == []
+    assert_same(path, quiet_run[0])
+
+
+def wait_for_journal(folder: Path, process: "subprocess.Popen[str]", *, lines: int) -> Path:
+    """The rollout's journal once it has that many lines."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        for journal in folder.glob(".tmp-*/completions.journal"):
+            if journal.read_bytes().count(b"\n") >= lines:
+                return journal
+        time.sleep(0.005)
+    raise AssertionError("no journal")
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [(StageId("rollout", 0), "rollouts-00000.parquet"), (StageId("update", 1), "adapter_model.safetensors")],
+)
+def test_a_flipped_bit_runs_its_stage_and_no_other(flow: Flow, copied: Path, stage: StageId, name: str) -> None:
+    before, everything = published(copied), artifacts(copied)
+    victim = copied / stage.folder / name
+    body = bytearray(victim.read_bytes())
+    body[len(body) // 2] ^= 1
+    victim.write_bytes(body)
+    flow.resume(copied)
+    assert artifacts(copied) == everything
+    after = published(copied)
+    assert {folder for folder in before if after[folder] != before[folder]} == {str(stage.folder)}
+
+
+def test_a_deleted_file_runs_its_stage_and_no_other(flow: Flow, copied: Path) -> None:
+    before, everything = published(copied), artifacts(copied)
+    (copied / "iterations/00001/score/scores-00000.parquet").unlink()
+    flow.resume(copied)
+    assert artifacts(copied) == everything
+    after = published(copied)
+    assert {folder for folder in before if after[folder] != before[folder]} == {"iterations/00001/score"}
+
+
+def test_ctrl_c_in_a_rollout_is_one_line_and_leaves_no_container(
+    flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    process = flow.start("train", "tiny_test", "--run-dir", str(path))
+    wait_for_journal(path / "iterations/00001", process, lines=2)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, f"interrupted; go on with: flexsink resume {path}\n")
+    assert containers(path) == []
+    flow.resume(path)
+    assert_same(path, quiet_run[0])
+
+
+def flipped(checkpoint: Path) -> None:
+    body = bytearray((checkpoint / "model.safetensors").read_bytes())
+    body[10] ^= 255
+    (checkpoint / "model.safetensors").write_bytes(body)
+
+
+def cut(checkpoint: Path) -> None:
+    body = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(body[: len(body) // 2])
+
+
+def of_another_architecture(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+def without_weights(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("spoil", [flipped, cut, of_another_architecture, without_weights])
+def test_a_bad_checkpoint_is_one_line_and_leaves_no_run(flow: Flow, tmp_path: Path, spoil: Any) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(ROOT / "data/tiny", checkpoint)
+    spoil(checkpoint)
+    path = tmp_path / "run"
+    code, _, errors = flow.run("train", "tiny_test", f"model.source={checkpoint}", "--run-dir", str(path))
+    assert code == 2
+    assert [line.split(":")[0] for line in errors.splitlines()] == ["error", "hint"], errors
+    assert not path.exists()
