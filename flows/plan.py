@@ -49,6 +49,6 @@ def warnings(decisions: list[tuple[StageId, Decision]]) -> list[str]:
                 others.setdefault(f"{name} {old}, now {new}", []).append(stage)
     lines = []
     for what, made in others.items():
-        which = str(made[0]) if len(made) == 1 else f"{len(made)} stages, {made[0]} to {made[-1]},"
+        which = f"{made[0]} was" if len(made) == 1 else f"{len(made)} stages, {made[0]} to {made[-1]}, were"
         lines.append(f"{which} made with {what}: run again, the result may differ")
     return lines

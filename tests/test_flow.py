@@ -145,8 +145,8 @@ def test_plan_warns_where_code_or_versions_differ(tmp_path: Path) -> None:
     assert all(decision.action == "REUSE" for _, decision in decisions)
     lines = warnings(decisions)
     assert len(lines) == 2
-    assert any("score 0 made with other code" in line for line in lines)
-    assert any("score 0 made with torch 1.0, now" in line for line in lines)
+    assert any("score 0 was made with other code" in line for line in lines)
+    assert any("score 0 was made with torch 1.0, now" in line for line in lines)
 
 
 # What follows runs the command in a process of its own, against a real Prefect server.
