@@ -15,6 +15,7 @@ from stages.model.gpt_oss import build
 from stages.model.policy import Policy
 from tests.random_gpt_oss import eager_model
 
+BUNDLED = Path(__file__).parents[1] / "data" / "tiny"
 NEAR_TIE = 1e-4  # eager's own two best logits this close: either token is right
 
 
@@ -51,11 +52,6 @@ def policy(random_checkpoint: Path) -> Policy:
     return make_policy(random_checkpoint)
 
 
-@pytest.fixture(scope="module")
-def eager(policy: Policy, random_checkpoint: Path) -> GptOssForCausalLM:
-    return merged_eager(policy, random_checkpoint)
-
-
 def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(torch.randint(2, 256, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist())
 
@@ -78,7 +74,16 @@ def eager_check(eager: GptOssForCausalLM, prompt: tuple[int, ...], completion: C
     return len(completion.completion_ids), largest
 
 
-def test_greedy_tokens_and_logprobs_equal_eager_at_every_window_edge(policy: Policy, eager: GptOssForCausalLM) -> None:
+@pytest.fixture(scope="module", params=["random", "bundled"])
+def pair(request: pytest.FixtureRequest, random_checkpoint: Path) -> tuple[Policy, GptOssForCausalLM]:
+    """A trained policy of either model, and transformers eager with the same weights."""
+    folder = random_checkpoint if request.param == "random" else BUNDLED
+    policy = make_policy(folder)
+    return policy, merged_eager(policy, folder)
+
+
+def test_greedy_tokens_and_logprobs_equal_eager_at_every_window_edge(pair: tuple[Policy, GptOssForCausalLM]) -> None:
+    policy, eager = pair
     compared = 0
     for length, new in ((1, 200), (127, 40), (128, 40), (129, 40), (513, 40), (4200, 24)):
         prompt = prompt_of(length)
@@ -91,7 +96,8 @@ def test_greedy_tokens_and_logprobs_equal_eager_at_every_window_edge(policy: Pol
     assert compared > 0.99 * (200 + 4 * 40 + 24)
 
 
-def test_left_padded_generate_equals_eager_row_by_row(policy: Policy, eager: GptOssForCausalLM) -> None:
+def test_left_padded_generate_equals_eager_row_by_row(pair: tuple[Policy, GptOssForCausalLM]) -> None:
+    policy, eager = pair
     lengths = (1, 127, 128, 129, 513)
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(ids)

@@ -8,6 +8,7 @@ Until the rename nothing of a try is visible under the stage's name; after it, e
 """
 
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -128,7 +129,8 @@ def prepare(temporary: Path) -> None:
 def write_timings(context: StageContext, seconds: float) -> None:
     from stages.artifacts.parquet import TIMINGS, write_table
 
-    rows = [*context.timings, {"what": "stage", "seconds": seconds}]
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rows = [*context.timings, {"what": "stage", "seconds": seconds, "peak_bytes": peak_bytes}]
     write_table(context.out / TIMINGS_FILE, rows, TIMINGS)
 
 
