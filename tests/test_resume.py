@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from stages.artifacts import RunDir, StageId
+from stages.artifacts import RunDir
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("FLEXSINK_KILLS", "3"))
@@ -119,6 +119,7 @@ def moments(count: int, duration: float) -> Iterator[float]:
         yield duration * (part + source.random()) / count
 
 
+@pytest.mark.timeout(300 * max(KILLS, 2))
 def test_a_run_killed_at_random_moments_ends_like_a_quiet_one(
     flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -160,22 +161,32 @@ def repeated(journal: Path) -> list[str]:
     return [name for name, count in names.items() if count > 1]
 
 
-def test_a_kill_in_the_middle_of_a_rollout_samples_no_finished_completion_again(
+def test_a_kill_and_a_ctrl_c_in_the_middle_of_rollouts_sample_no_finished_completion_again(
     flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
 ) -> None:
     path = tmp_path / "run"
     process = flow.start("train", "tiny_test", "--run-dir", str(path))
-    journal = wait_for_journal(path / "iterations/00000", process, lines=3)
+    first = wait_for_journal(path / "iterations/00000", process, lines=3)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    os.link(journal, tmp_path / "kept.journal")
-    before = journal.read_bytes()
+    os.link(first, tmp_path / "first.journal")
+    before = first.read_bytes()
     assert 3 <= before.count(b"\n") < 16
+
+    process = flow.start("resume", str(path))
+    second = wait_for_journal(path / "iterations/00001", process, lines=2)
+    os.link(second, tmp_path / "second.journal")
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, f"interrupted; go on with: flexsink resume {path}\n")
+    assert containers(path) == []
+
     flow.resume(path)
-    after = (tmp_path / "kept.journal").read_bytes()
+    after = (tmp_path / "first.journal").read_bytes()
     assert after.startswith(before[: before.rindex(b"\n") + 1])
-    assert after.count(b"\n") == 16
-    assert repeated(tmp_path / "kept.journal") == []
+    for name in ("first.journal", "second.journal"):
+        assert (tmp_path / name).read_bytes().count(b"\n") == 16
+        assert repeated(tmp_path / name) == []
     assert_same(path, quiet_run[0])
 
 
@@ -191,54 +202,28 @@ def wait_for_journal(folder: Path, process: "subprocess.Popen[str]", *, lines: i
     raise AssertionError("no journal")
 
 
-@pytest.mark.parametrize(
-    ("stage", "name"),
-    [(StageId("rollout", 0), "rollouts-00000.parquet"), (StageId("update", 1), "adapter_model.safetensors")],
-)
-def test_a_flipped_bit_runs_its_stage_and_no_other(flow: Flow, copied: Path, stage: StageId, name: str) -> None:
+def test_flipped_bits_and_a_deleted_file_run_their_stages_and_no_other(flow: Flow, copied: Path) -> None:
     before, everything = published(copied), artifacts(copied)
-    victim = copied / stage.folder / name
-    body = bytearray(victim.read_bytes())
-    body[len(body) // 2] ^= 1
-    victim.write_bytes(body)
-    flow.resume(copied)
-    assert artifacts(copied) == everything
-    after = published(copied)
-    assert {folder for folder in before if after[folder] != before[folder]} == {str(stage.folder)}
-
-
-def test_a_deleted_file_runs_its_stage_and_no_other(flow: Flow, copied: Path) -> None:
-    before, everything = published(copied), artifacts(copied)
+    for name in ("iterations/00000/rollout/rollouts-00000.parquet", "iterations/00001/update/optimizer.safetensors"):
+        body = bytearray((copied / name).read_bytes())
+        body[len(body) // 2] ^= 1
+        (copied / name).write_bytes(body)
     (copied / "iterations/00001/score/scores-00000.parquet").unlink()
     flow.resume(copied)
     assert artifacts(copied) == everything
     after = published(copied)
-    assert {folder for folder in before if after[folder] != before[folder]} == {"iterations/00001/score"}
-
-
-def test_ctrl_c_in_a_rollout_is_one_line_and_leaves_no_container(
-    flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
-) -> None:
-    path = tmp_path / "run"
-    process = flow.start("train", "tiny_test", "--run-dir", str(path))
-    wait_for_journal(path / "iterations/00001", process, lines=2)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, f"interrupted; go on with: flexsink resume {path}\n")
-    assert containers(path) == []
-    flow.resume(path)
-    assert_same(path, quiet_run[0])
+    assert {folder for folder in before if after[folder] != before[folder]} == {
+        "iterations/00000/rollout",
+        "iterations/00001/score",
+        "iterations/00001/update",
+    }
+    assert containers(copied) == []
 
 
 def flipped(checkpoint: Path) -> None:
     body = bytearray((checkpoint / "model.safetensors").read_bytes())
     body[10] ^= 255
     (checkpoint / "model.safetensors").write_bytes(body)
-
-
-def cut(checkpoint: Path) -> None:
-    body = (checkpoint / "model.safetensors").read_bytes()
-    (checkpoint / "model.safetensors").write_bytes(body[: len(body) // 2])
 
 
 def of_another_architecture(checkpoint: Path) -> None:
@@ -251,7 +236,7 @@ def without_weights(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("spoil", [flipped, cut, of_another_architecture, without_weights])
+@pytest.mark.parametrize("spoil", [flipped, of_another_architecture, without_weights])
 def test_a_bad_checkpoint_is_one_line_and_leaves_no_run(flow: Flow, tmp_path: Path, spoil: Any) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(ROOT / "data/tiny", checkpoint)
