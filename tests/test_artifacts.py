@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import Manifest, RunDir, Session, StageContext, StageId, decide, derive, execute, survey
+from stages.artifacts import Journal, Manifest, RunDir, Session, StageContext, StageId, decide, derive, execute, survey
 from stages.artifacts.keys import STAGES, inputs_of, key_of, upstream_of
 from stages.config import RunConfig, TrainConfig, UserError, replace
 
@@ -71,7 +71,7 @@ def test_the_digest_covers_every_file_but_the_timings(run: RunDir, tmp_path: Pat
     assert make(RunDir.create(tmp_path / "third", CONFIG), LOAD, writes("Model")).digest != manifest.digest
 
 
-@pytest.mark.parametrize("damage", ["flip", "delete", "truncate", "add", "manifest", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "delete", "truncate", "add", "manifest", "digest", "no manifest"])
 def test_damage_runs_the_stage_again_and_keeps_the_old_folder(run: RunDir, damage: str) -> None:
     before = make(run, LOAD, writes("model weights"))
     path = run.folder(LOAD) / "out.txt"
@@ -88,6 +88,9 @@ def test_damage_runs_the_stage_again_and_keeps_the_old_folder(run: RunDir, damag
     elif damage == "manifest":
         manifest = run.folder(LOAD) / "manifest.json"
         manifest.write_text(manifest.read_text().replace(before.files["out.txt"]["sha256"], "0" * 64))
+    elif damage == "digest":
+        manifest = run.folder(LOAD) / "manifest.json"
+        manifest.write_text(manifest.read_text().replace(before.digest, "0" * 64))
     else:
         (run.folder(LOAD) / "manifest.json").unlink()
     assert decide(run, CONFIG, LOAD, {}).action == "RUN"
@@ -246,7 +249,7 @@ def test_a_session_builds_once_and_closes_the_newest_first() -> None:
 KILLED_ANYWHERE = """
     import json, os, shutil, signal, sys
     from pathlib import Path
-    from stages.artifacts import Manifest, RunDir, Session, StageId, execute, survey
+    from stages.artifacts import Journal, Manifest, RunDir, Session, StageId, execute, survey
     from stages.artifacts.parquet import TIMINGS, write_parts
     from stages.config import RunConfig
 
@@ -415,6 +418,16 @@ def test_a_full_disk_is_a_user_error_and_the_stage_goes_on_later(small_disk: Pat
 
     make(run, LOAD, finishes)
     assert 100 < counted[0] < 260
+
+
+def test_a_record_that_did_not_fit_costs_none_of_those_after_it(small_disk: Path) -> None:
+    journal = Journal(small_disk / "work.journal")
+    journal.append({"piece": 1})
+    (small_disk / "filler").write_bytes(b"x" * 225_000)
+    with pytest.raises(OSError, match="No space left"):
+        journal.append({"piece": 2, "text": "x" * 60_000})  # part of it is written
+    journal.append({"piece": 3})
+    assert journal.records() == [{"piece": 1}, {"piece": 3}]
 
 
 def test_parquet_on_a_full_disk_is_a_user_error(small_disk: Path) -> None:
