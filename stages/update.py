@@ -63,7 +63,10 @@ def run(context: StageContext) -> None:
         list(micro_batches([samples[i] for i in order], update.micro_batch))
         for order in deal(len(samples), update.steps, seed=derive("deal", config.train.seed, iteration))
     ]
-    old = [[score(policy, micro, temperature) for micro in batch] for batch in batches]
+    # The first batch is trained on by the very policy that would score it: that pass gives its old log-probabilities.
+    old: list[list[Logprobs | None]] = [
+        [score(policy, micro, temperature) if index else None for micro in batch] for index, batch in enumerate(batches)
+    ]
     reference = None
     if update.kl:
         with policy.adapter_disabled():
@@ -84,12 +87,15 @@ def run(context: StageContext) -> None:
         optimizer.zero_grad(set_to_none=True)
         total = LossMetrics()
         for place, micro in enumerate(batch):
-            if not update.kl and all(sample.advantage == 0 for sample in micro):
-                continue  # no gradient can come of it
-            policy_logprobs = completion_logprobs(policy, micro, temperature).logprobs
+            if not update.kl and all(sample.advantage == 0 for sample in micro):  # no gradient can come of it
+                old[index][place] = old[index][place] or score(policy, micro, temperature)
+                continue
+            now = completion_logprobs(policy, micro, temperature)
+            before = old[index][place] or Logprobs(now.logprobs.detach(), now.entropy)
+            old[index][place] = before
             loss, metrics = grpo_loss(
-                policy_logprobs,
-                old_logprobs=old[index][place].logprobs,
+                now.logprobs,
+                old_logprobs=before.logprobs,
                 advantages=torch.tensor([sample.advantage for sample in micro], device=policy.device),
                 loss_mask=completion_mask(micro, policy.device),
                 num_completions=sum(len(micro) for micro in batch),
@@ -108,7 +114,8 @@ def run(context: StageContext) -> None:
             )
         if total.tokens:
             optimizer.step()
-        entropy, engine = agreement(batch, old[index])
+        scored = [logprobs for logprobs in old[index] if logprobs is not None]
+        entropy, engine = agreement(batch, scored)
         means = total.means()
         rows.append(
             {
@@ -261,12 +268,14 @@ def restore_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.AdamW
 
 
 def sample_rows(
-    batches: list[list[list[Sample]]], old: list[list[Logprobs]], reference: list[list[Tensor]] | None
+    batches: list[list[list[Sample]]], old: list[list[Logprobs | None]], reference: list[list[Tensor]] | None
 ) -> list[dict[str, Any]]:
     """What each completion was trained with, in completion_id order."""
     rows = []
     for index, batch in enumerate(batches):
         for place, micro in enumerate(batch):
+            scored = old[index][place]
+            assert scored is not None
             for row, sample in enumerate(micro):
                 length = len(sample.completion_ids)
                 of_reference = reference[index][place][row, :length].tolist() if reference else None
@@ -275,7 +284,7 @@ def sample_rows(
                         "completion_id": sample.completion_id,
                         "advantage": sample.advantage,
                         "loss_mask": [True] * length,
-                        "policy_logprobs": old[index][place].logprobs[row, :length].tolist(),
+                        "policy_logprobs": scored.logprobs[row, :length].tolist(),
                         "reference_logprobs": of_reference,
                     }
                 )

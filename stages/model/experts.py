@@ -77,7 +77,9 @@ class Experts(nn.Module):
         self.down_lora: ExpertLora | None = None
         self.adapter_enabled = True
         self.fixed_shape = False  # the engine's decode on the CPU sets it, see kernels/experts.py
-        self.alpha, self.limit = float(config.swiglu_alpha), float(config.swiglu_limit)
+        # Older configs (transformers 5.17) leave the two numbers to the model's code.
+        self.alpha = float(getattr(config, "swiglu_alpha", 1.702))
+        self.limit = float(getattr(config, "swiglu_limit", 7.0))
 
     def add_lora(self, *, rank: int, scale: float, dtype: torch.dtype) -> None:
         self.gate_up_lora = ExpertLora(self.gate_up, rank=rank, scale=scale, dtype=dtype)
