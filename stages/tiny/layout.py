@@ -1,7 +1,8 @@
 """The bundled model's shape, and writing it as a checkpoint in the layout that gpt-oss is published in.
 
-Contract: `write(model, tokenizer, folder)` leaves config.json, generation_config.json, model.safetensors and the tokenizer's files there;
-experts as MXFP4 `..._blocks` and `..._scales` [E, out, in / 32, 16] and [E, out, in / 32], everything else in bfloat16.
+Contract: `write(model, tokenizer, folder)` leaves config.json, generation_config.json, model.safetensors and the
+tokenizer's files there; experts as MXFP4 `..._blocks` and `..._scales` [E, out, in / 32, 16] and [E, out, in / 32],
+everything else in bfloat16.
 """
 
 import json
@@ -69,7 +70,10 @@ def write(model: GptOssForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
     described = model.config.to_diff_dict() | {
         "architectures": ["GptOssForCausalLM"],
         "dtype": "bfloat16",
-        "layer_types": list(model.config.layer_types),
+        "layer_types": list(model.config.layer_types or ()),
+        # Constants of gpt-oss; older releases of transformers 5 have no such fields.
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
         "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(NOT_QUANTIZED)},
     }
     stops = [tokenizer.convert_tokens_to_ids(token) for token in ("<|return|>", "<|endoftext|>", "<|call|>")]
@@ -82,3 +86,6 @@ def write(model: GptOssForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
     for name, content in (("config.json", described), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    described = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # as gpt-oss has it
+    settings.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")

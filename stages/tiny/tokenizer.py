@@ -1,8 +1,9 @@
 """The bundled model's tokenizer: byte-level BPE of 1 024 tokens with harmony's special tokens, and a chat template.
 
-Contract: `build(texts)` returns a tokenizer that encodes any text and decodes it back to the same bytes. Tokens may span words up to a
-comma or an opening bracket, so a program of 700 characters is about 110 tokens. The template renders harmony's layout: a system message
-that says how much to reason and names the channels, then each message between <|start|> and <|end|>. Does not cover tools.
+Contract: `build(texts)` returns a tokenizer that encodes any text and decodes it back to the same bytes. Tokens may
+span words up to a comma or an opening bracket, so a program of 800 characters is about 140 tokens. The template renders
+harmony's layout: a system message that says how much to reason and names the channels, then each message between
+<|start|> and <|end|>. Does not cover tools.
 """
 
 from collections.abc import Iterable
@@ -33,10 +34,12 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {%- set identity, rest = "You write programs.", messages -%}
 {%- endif -%}
-{{- "<|start|>system<|message|>" + identity + "\\nReasoning: " + effort + "\\n# Valid channels: analysis, final.<|end|>" -}}
+{%- set channels = "# Valid channels: analysis, final." -%}
+{{- "<|start|>system<|message|>" + identity + "\\nReasoning: " + effort + "\\n" + channels + "<|end|>" -}}
 {%- for message in rest -%}
 {%- if message["role"] == "assistant" -%}
-{{- "<|start|>assistant<|channel|>" + (message["channel"] or "final") + "<|message|>" + message["content"] + "<|end|>" -}}
+{%- set channel = message["channel"] or "final" -%}
+{{- "<|start|>assistant<|channel|>" + channel + "<|message|>" + message["content"] + "<|end|>" -}}
 {%- elif message["role"] in ("user", "developer", "system") -%}
 {{- "<|start|>" + message["role"] + "<|message|>" + message["content"] + "<|end|>" -}}
 {%- else -%}

@@ -1,17 +1,18 @@
 """What the bundled model is warm-started on: the tasks' own prompts, and completions that the grammars write.
 
-Contract: a completion is `<|channel|>final<|message|>` and a fenced program and `<|return|>`, as harmony has it; prompts are the tasks'
-texts, so the model is on familiar ground when a run begins. One prompt in seven asks for another board or target than the standard game.
+Contract: a completion is `<|channel|>final<|message|>`, a fenced program and `<|return|>`, as harmony has it; prompts
+are the tasks' texts, so the model is on familiar ground when a run begins. One prompt in seven asks for another board
+or target than the standard game.
 """
 
 import random
 
 from transformers import PreTrainedTokenizerBase
 
-from stages.model.tiny import matmuls, strategies
 from stages.tasks.game2048.task import PROMPT as GAME_PROMPT
 from stages.tasks.game2048.task import TEMPLATE as GAME_TEMPLATE
 from stages.tasks.matmul.task import PROMPT as MATMUL_PROMPT
+from stages.tiny import matmuls, strategies
 
 OPENING = "<|channel|>final<|message|>"
 CLOSING = "<|return|>"
@@ -39,7 +40,7 @@ def matmul_completion(rng: random.Random) -> str:
 
 
 def tokenizer_texts(rng: random.Random, *, count: int) -> list[str]:
-    """Returns completions in the mix of the warm start, and the prompts often enough to be worth tokens of their own."""
+    """Returns completions in the mix of the warm start, and the prompts often enough to get tokens of their own."""
     texts = [game_completion(rng) if rng.random() < 0.75 else matmul_completion(rng) for _ in range(count)]
     return texts + [GAME_PROMPT, MATMUL_PROMPT] * max(1, count // 8)
 

@@ -1,8 +1,9 @@
 """A grammar of short matrix products for the matmul task, of graded correctness and speed.
 
-Contract: `write(rng)` returns the text of one program that defines `matmul(A, B)`; the same rng state gives the same text. About two
-in three are right: from three loops over indices (slowest) to a zip over columns turned once (fast). The rest are wrong in ways a judge
-must catch: a transposed result, a missing or an extra term, rows that share one list, one of the inputs handed back.
+Contract: `write(rng)` returns the text of one program that defines `matmul(A, B)`; the same rng state gives the same
+text. About two in three are right: from three loops over indices (slowest) to a zip over columns turned once (fast).
+The rest are wrong in ways a judge must catch: a transposed result, a missing or an extra term, rows that share one
+list, one of the inputs handed back.
 """
 
 import random
@@ -26,7 +27,9 @@ def sizes(rng: random.Random) -> tuple[str, str, str, str]:
     return f"{rows}, {terms}, {columns} = len(A), len(B), len(B[0])", rows, terms, columns
 
 
-def three_loops(rng: random.Random, *, less: str = "", start: str = "0", shared: bool = False, term: str = "A[i][t] * B[t][j]") -> str:
+def three_loops(
+    rng: random.Random, *, less: str = "", start: str = "0", shared: bool = False, term: str = "A[i][t] * B[t][j]"
+) -> str:
     line, rows, terms, columns = sizes(rng)
     out = rng.choice(("C", "out"))
     empty = f"[[{start}] * {columns}] * {rows}" if shared else f"[[{start}] * {columns} for _ in range({rows})]"
@@ -34,7 +37,12 @@ def three_loops(rng: random.Random, *, less: str = "", start: str = "0", shared:
     if rng.random() < 0.5:
         loops += [f"        for t in range({terms}{less}):", f"            {out}[i][j] += {term}"]
     else:
-        loops += ["        s = 0", f"        for t in range({terms}{less}):", f"            s += {term}", f"        {out}[i][j] = s"]
+        loops += [
+            "        s = 0",
+            f"        for t in range({terms}{less}):",
+            f"            s += {term}",
+            f"        {out}[i][j] = s",
+        ]
     return with_body(line, f"{out} = {empty}", *loops, f"return {out}")
 
 
@@ -98,7 +106,9 @@ def mapped(rng: random.Random) -> str:
 
 
 def handed_back(rng: random.Random) -> str:
-    return with_body(rng.choice(("return A", "return B", "return [r[:] for r in A]", "return [[0] * len(B[0]) for _ in A]")))
+    return with_body(
+        rng.choice(("return A", "return B", "return [r[:] for r in A]", "return [[0] * len(B[0]) for _ in A]"))
+    )
 
 
 def cell_by_cell(rng: random.Random) -> str:
