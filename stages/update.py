@@ -132,7 +132,7 @@ def run(context: StageContext) -> None:
             }
         )
         step += 1
-        context.progress(index + 1, len(batches), "steps", loss=round(means["loss"], 4), grad=round(grad_norm, 3))
+        context.progress(index + 1, len(batches), "steps", entropy=round(entropy, 3), grad=round(grad_norm, 3))
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
     rate = tokens / max(seconds, 1e-9)

@@ -1,7 +1,6 @@
 """The loop: admit, sample, record, decode, until nothing waits."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from stages.model.policy import Policy
 # Slots are rounded up to this: a matrix product's last, partial tile of rows may take another code path, with other
 # last bits.
 ROW_TILE = 16
-# A decode step on the CPU is a thousand small operations: a second thread gains 10 % on an idle machine and loses
-# tenfold on a busy one, where each of its barriers waits for a turn. The other cores are the sandboxes'.
-CPU_THREADS = 1
 
 
 class Engine:
@@ -58,8 +54,7 @@ class Engine:
         check_unique(requests)
         for request in requests:
             self._check(request)
-        with _cpu_threads(CPU_THREADS):
-            return self._run(requests, on_finished or (lambda _: None), on_step or (lambda _: None))
+        return self._run(requests, on_finished or (lambda _: None), on_step or (lambda _: None))
 
     def _run(
         self, requests: Sequence[Request], on_finished: Callable[[Completion], None], on_step: Callable[[int], None]
@@ -141,14 +136,3 @@ class Engine:
         largest = self.policy.model.config.vocab_size
         if not all(0 <= token < largest for token in request.prompt_ids):
             raise ValueError(f"request {name} has a token id outside the vocabulary of {largest}")
-
-
-@contextlib.contextmanager
-def _cpu_threads(count: int) -> Iterator[None]:
-    """Within it torch computes with `count` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

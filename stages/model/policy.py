@@ -21,9 +21,11 @@ from stages.model.gpt_oss import build
 if TYPE_CHECKING:
     from transformers import GptOssForCausalLM, PreTrainedTokenizerBase
 
-# Two threads on every machine: sums split among another number of threads differ in their last bits, and a run must be
-# able to go on elsewhere with equal bytes. The tiny model gains nothing from more.
-CPU_THREADS = 2
+# One thread, on every machine. Sums split among another number of threads differ in their last bits, and a run must be
+# able to go on elsewhere with equal bytes. The tiny model's operations are so small that a second thread gains little on
+# an idle machine, and on a busy one each barrier waits for a turn: updates took ten times as long. The other cores are
+# the sandboxes'.
+CPU_THREADS = 1
 
 
 class Policy:
