@@ -21,10 +21,10 @@ from stages.model.gpt_oss import build
 if TYPE_CHECKING:
     from transformers import GptOssForCausalLM, PreTrainedTokenizerBase
 
-# One thread, on every machine. Sums split among another number of threads differ in their last bits, and a run must be
-# able to go on elsewhere with equal bytes. The tiny model's operations are so small that a second thread gains little on
-# an idle machine, and on a busy one each barrier waits for a turn: updates took ten times as long. The other cores are
-# the sandboxes'.
+# One thread, on every machine. Sums split among another number of threads differ in their last bits, and a run must
+# be able to go on elsewhere with equal bytes. The tiny model's operations are so small that a second thread gains
+# little on an idle machine, and on a busy one each barrier waits for a turn: updates took ten times as long. The
+# other cores are the sandboxes'.
 CPU_THREADS = 1
 
 
