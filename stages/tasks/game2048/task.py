@@ -5,12 +5,13 @@ Each reward is a column of its own; the reward is their sum.
                  there was none or it does not parse
     no_cheating  -5 for an import that is not allowed or a forbidden act, else 0
     strategy     mean over the games of
-                     log(max_tile) / log(target) + 2 log(1 + 80 s) / log(81) + (1 if won)
+                     log(max_tile) / log(target) + 8 s + (4 if won)
                  with s = score / (target (log2(target) - 1)), the score of building one target tile out of twos; 0 for
                  a cheat
 A game counts where it stands when it ends, however it ended: playing on never lowers its grade and every merge raises
-it, so quitting never beats playing, and running out of time costs what losing costs. On 4x4 a program that quits at
-once gets about 0.1, the baselines 1.2 to 2.2, a win 4.
+it, so quitting never beats playing, and running out of time costs what losing costs. The score counts as it is, not its
+logarithm: among programs that work the better one must stand out from its group as clearly as a broken one does. On 4x4
+a program that quits at once gets about 0.1, the baselines 1 to 2.7, a win 13.
 
 Not covered: how the model came to its program; programs that look at the clock are the sandbox's to stop.
 """
@@ -100,8 +101,8 @@ class Game2048(Task):
         """Returns what one game is worth: the formula at the top of this file."""
         levels = math.log2(self.options.target)
         share = game["score"] / (self.options.target * (levels - 1))
-        built = math.log2(game["max_tile"]) / levels + 2 * math.log(1 + 80 * share) / math.log(81)
-        return built + (1.0 if game["state"] == "won" else 0.0)
+        built = math.log2(game["max_tile"]) / levels + 8 * share
+        return built + (4.0 if game["state"] == "won" else 0.0)
 
     def score(self, result: Result | None) -> Score:
         if result is None:
@@ -132,7 +133,7 @@ class Game2048(Task):
         start: dict[str, Any] = {"max_tile": 2, "score": 0}
         later: dict[str, Any] = {"max_tile": 4, "score": 4}
         won = verdict(Outcome.ok, max_tile=target, score=full, state="won")
-        assert abs(won - 5.0) < 1e-9, f"a win with nothing to spare scores {won}, not 1 + 1 + 2 + 1"
+        assert abs(won - 14.0) < 1e-9, f"a win with nothing to spare scores {won}, not 1 + 1 + 8 + 4"
         quits, loses = verdict(Outcome.ok, state="illegal", **start), verdict(Outcome.ok, state="stuck", **later)
         assert quits < loses < won, f"quitting {quits}, losing {loses}, winning {won}"
         assert verdict(Outcome.timeout, state="timeout", **later) == loses, (
