@@ -12,7 +12,7 @@ from tests.random_gpt_oss import write_checkpoint
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random gpt-oss in the MXFP4 layout: 4 layers, the true architecture, weights that matter."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as the policy does
     return write_checkpoint(tmp_path_factory.mktemp("gpt_oss"))
 
 
