@@ -3,6 +3,7 @@
 FLEXSINK_KILLS says at how many random moments the flow is killed (3); FLEXSINK_KILL_SEED repeats a failing choice.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,14 @@ def assert_same(path: Path, other: Path) -> None:
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-def moments(count: int, duration: float) -> Iterator[float]:
-    """Random moments, one in each of `count` equal parts of the duration."""
-    seed = int(os.environ.get("FLEXSINK_KILL_SEED", time.time_ns() % 10**9))
-    print(f"FLEXSINK_KILL_SEED={seed}")
-    source = random.Random(seed)
-    for part in range(count):
-        yield duration * (part + source.random()) / count
+JOURNALS = [
+    ("evaluations", "completions"),
+    ("evaluations", "verdicts"),
+    ("iterations/00000", "completions"),
+    ("iterations/00000", "verdicts"),
+    ("iterations/00001", "completions"),
+    ("iterations/00001", "verdicts"),
+]
 
 
 @pytest.mark.timeout(300 * max(KILLS, 2))
@@ -125,11 +126,21 @@ def test_a_run_killed_at_random_moments_ends_like_a_quiet_one(
 ) -> None:
     quiet, duration = quiet_run
     resumed_midway = 0
-    for number, moment in enumerate(moments(KILLS, duration)):
+    seed = int(os.environ.get("FLEXSINK_KILL_SEED", time.time_ns() % 10**9))
+    print(f"FLEXSINK_KILL_SEED={seed}")
+    source = random.Random(seed)
+    for number in range(KILLS):
+        moment = duration * (number + source.random()) / KILLS
         path = tmp_path / f"run-{number}"
         process = flow.start("train", "tiny_test", "--run-dir", str(path))
-        time.sleep(moment)
-        os.killpg(process.pid, signal.SIGKILL)
+        if number % 3 == 2:
+            # Journals are open for a small part of the time: every third kill comes while one is being written.
+            folder, name = source.choice(JOURNALS)
+            journal_at_work(path / folder, process, name=name, lines=source.randint(1, 8))
+        else:
+            time.sleep(moment)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if not (path / "config.json").exists():
             continue  # killed before there was a run: nothing to resume, and nothing half-written either
@@ -139,7 +150,7 @@ def test_a_run_killed_at_random_moments_ends_like_a_quiet_one(
             # A second name for the file: what the resumed run appends can be read after the stage has removed its own.
             os.link(journal, tmp_path / f"{number}-{len(journals)}.journal")
             journals.append((tmp_path / f"{number}-{len(journals)}.journal", len(journal.read_bytes().splitlines())))
-        print(f"killed after {moment:.1f} s: {len(done)} stages done, journals of {[lines for _, lines in journals]}")
+        print(f"killed: {len(done)} stages done, journals of {[lines for _, lines in journals]}")
         flow.resume(path)
         assert_same(path, quiet)
         kept = published(path)
@@ -166,7 +177,8 @@ def test_a_kill_and_a_ctrl_c_in_the_middle_of_rollouts_sample_no_finished_comple
 ) -> None:
     path = tmp_path / "run"
     process = flow.start("train", "tiny_test", "--run-dir", str(path))
-    first = wait_for_journal(path / "iterations/00000", process, lines=3)
+    first = journal_at_work(path / "iterations/00000", process, name="completions", lines=3)
+    assert first is not None
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     os.link(first, tmp_path / "first.journal")
@@ -174,7 +186,8 @@ def test_a_kill_and_a_ctrl_c_in_the_middle_of_rollouts_sample_no_finished_comple
     assert 3 <= before.count(b"\n") < 16
 
     process = flow.start("resume", str(path))
-    second = wait_for_journal(path / "iterations/00001", process, lines=2)
+    second = journal_at_work(path / "iterations/00001", process, name="completions", lines=2)
+    assert second is not None
     os.link(second, tmp_path / "second.journal")
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -190,16 +203,16 @@ def test_a_kill_and_a_ctrl_c_in_the_middle_of_rollouts_sample_no_finished_comple
     assert_same(path, quiet_run[0])
 
 
-def wait_for_journal(folder: Path, process: "subprocess.Popen[str]", *, lines: int) -> Path:
-    """The rollout's journal once it has that many lines."""
+def journal_at_work(folder: Path, process: "subprocess.Popen[str]", *, name: str, lines: int) -> Path | None:
+    """The journal of a stage at work in `folder` once it has that many lines; None when the flow ended without it."""
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        for journal in folder.glob(".tmp-*/completions.journal"):
-            if journal.read_bytes().count(b"\n") >= lines:
-                return journal
-        time.sleep(0.005)
-    raise AssertionError("no journal")
+    while process.poll() is None and time.monotonic() < deadline:
+        for journal in folder.glob(f".tmp-*/{name}.journal"):
+            with contextlib.suppress(FileNotFoundError):  # published between the two looks
+                if journal.read_bytes().count(b"\n") >= lines:
+                    return journal
+        time.sleep(0.002)
+    return None
 
 
 def test_flipped_bits_and_a_deleted_file_run_their_stages_and_no_other(flow: Flow, copied: Path) -> None:
