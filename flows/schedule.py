@@ -34,6 +34,7 @@ from stages.artifacts import RunDir, Session
 from stages.config import UserError
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+POLL_S = 1.0
 
 
 def serve(name: str, overrides: Sequence[str], *, cron: str, stop_after_runs: int, note: Callable[[str], None]) -> None:
@@ -60,11 +61,12 @@ async def serving(name: str, overrides: list[str], cron: str, stop_after_runs: i
     work = asyncio.create_task(runner.start())
     try:
         if stop_after_runs:
-            watch = asyncio.create_task(ended(deployment, stop_after_runs))
+            watch = asyncio.create_task(ended(runner, deployment, stop_after_runs))
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            watch.cancel()
-            if not work.done():
+            if watch.done():
+                watch.result()  # raises what went wrong in it
                 await runner.astop()
+            watch.cancel()
         await work
     finally:
         work.cancel()
@@ -72,19 +74,23 @@ async def serving(name: str, overrides: list[str], cron: str, stop_after_runs: i
             await work
 
 
-async def ended(deployment: Any, count: int) -> None:
-    """Returns once `count` more runs of the deployment have ended."""
+async def ended(runner: Runner, deployment: Any, count: int) -> None:
+    """Returns once `count` more runs of the deployment have ended and their processes are gone; no other run begins."""
     of = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
-    final = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(each) for each in FINAL]))
-    )
     async with get_client() as client:
-        before = {each.id for each in await client.read_flow_runs(deployment_filter=of, flow_run_filter=final)}
-        while True:
-            now = {each.id for each in await client.read_flow_runs(deployment_filter=of, flow_run_filter=final)}
-            if len(now - before) >= count:
-                return
-            await asyncio.sleep(2.0)
+
+        async def number(*states: str) -> int:
+            types = FlowRunFilterStateType(any_=[StateType(each) for each in states])
+            wanted = FlowRunFilter(state=FlowRunFilterState(type=types))
+            return len(await client.read_flow_runs(deployment_filter=of, flow_run_filter=wanted))
+
+        before = await number(*FINAL)
+        while await number("RUNNING", *FINAL) < before + count:
+            await asyncio.sleep(POLL_S)
+        await client.pause_deployment(deployment)
+        # A run ends in Prefect before its process does; a runner stopped in between would call it cancelled.
+        while await number(*FINAL) < before + count or not runner.has_slots_available():
+            await asyncio.sleep(POLL_S)
 
 
 def check_cron(cron: str) -> None:
