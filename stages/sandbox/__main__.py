@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from stages.config import SandboxConfig, UserError
-from stages.sandbox.attacks import ATTACKS
+#from stages.sandbox.attacks import ATTACKS
 from stages.sandbox.image import BASE, build, connect, has_image, image_name, obtain_base
 from stages.sandbox.pool import open_pool
 from stages.sandbox.self_check import HARNESS, LIMITS, attack_pool
