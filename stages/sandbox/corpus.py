@@ -18,8 +18,9 @@ was reached, and not a typo before it:
     says X      it answered X afterwards
     cpu X       it used at least X seconds of CPU
     detail R    the detail matches the regular expression R
-    plays X     2048: the moves of its first game begin with X
     floor       a task's own: the rows are exactly those of the program that no attack may out-earn
+    leaves      2048: it played its first game as that program does, and then no longer
+    plays X     2048: the moves of its first game begin with X
     earns N X   a task's own: the reward function N gave X
 The marked line ends in `# <- attack`.
 """
@@ -34,7 +35,7 @@ from stages.sandbox.protocol import Outcome
 
 FOLDER = Path(__file__).parent / "attacks"
 MARK = "# <- attack"
-PROOFS = ("refused", "line", "armed", "says", "cpu", "detail", "plays", "floor", "earns")
+PROOFS = ("refused", "line", "armed", "says", "cpu", "detail", "plays", "floor", "leaves", "earns")
 MODES = ("guarded", "unguarded")
 _HEADER = re.compile(r"# ([a-z]+(?: @[A-Z]+@| on [a-z]+)?): (.+)")
 _PUT = re.compile(r'("(?:[^"\\]|\\.)*")(?: \* (\d+))?')

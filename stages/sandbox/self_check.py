@@ -166,16 +166,23 @@ def honest_failure(pool: SandboxPool, arena: Arena) -> str:
     try:
         result = pool.submit(arena.job(arena.honest(), limits=HONEST_LIMITS)).result()
     except SandboxError as error:
-        return f"the sandbox failed on the honest program after it: {error}"
+        return f"the sandbox failed on the honest program: {error}"
     if arena.judged_right(result):
         return ""
-    return f"the honest program after it was judged {result.outcome} {result.detail}".rstrip()
+    return f"the honest program was judged {result.outcome} {result.detail}".rstrip()
 
 
 def attack_pool(
     pool: SandboxPool, attacks: Iterable[Attack], *, arenas: Mapping[str, Arena], backend: str = "docker"
 ) -> Iterator[Finding]:
-    """Yields a finding for each attack in each of its modes, on a pool opened with the arenas' harnesses."""
+    """Yields a finding for each attack in each of its modes, on a pool opened with the arenas' harnesses.
+
+    SandboxError when an arena's honest program is not even judged right before the first attack.
+    """
+    attacks = tuple(attacks)
+    for name in sorted({attack.task for attack in attacks}):
+        if words := honest_failure(pool, arenas[name]):
+            raise SandboxError(f"{name}, before any attack: {words}")
     for attack in attacks:
         arena = arenas[attack.task]
         for mode in attack.expected:
@@ -184,7 +191,7 @@ def attack_pool(
                 continue
             finding = attack_once(pool, attack, mode, arena)
             after = honest_failure(pool, arena)
-            failure = "; ".join(words for words in (finding.failure, after) if words)
+            failure = "; ".join(words for words in (finding.failure, after and f"after it {after}") if words)
             yield Finding(
                 attack=attack, mode=mode, result=finding.result, failure=failure, seconds=finding.seconds
             )

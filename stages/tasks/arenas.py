@@ -5,7 +5,7 @@ To have another task attacked, add what that program is to FLOORS and name the t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from stages.config import UserError
 from stages.sandbox.corpus import Attack
@@ -27,42 +27,42 @@ FLOORS: Mapping[str, Callable[[Task], str]] = {
 
 @dataclass
 class TaskArena:
-    """A task as an arena. honest and floor are programs; their first verdicts are what later ones are held against."""
+    """A task as an arena. Its honest program is the floor, judged first: later verdicts are held against that one."""
 
     task: Task
     floor: str
     harness: str
     seeds: list[int]
-    floor_result: Result | None = None
-    honest_score: Score | None = None
-    entered: list[str] = field(default_factory=list)
+    first: Result | None = None
 
     def job(self, program: str, *, limits: Limits, guarded: bool = True) -> Job:
         job = self.task.job("self-check", program, self.seeds, limits)
-        return Job(**{**vars(job), "guarded": guarded})
+        return replace(job, guarded=guarded)
 
     def honest(self) -> str:
         return self.floor
 
     def judged_right(self, result: Result) -> bool:
         """Says whether the verdict is ok and, but for what is measured, the same as the first."""
-        score = self.task.score(result)
-        if self.floor_result is None:
-            self.floor_result = result
-        if self.honest_score is None:
-            self.honest_score = score
-        return result.outcome is Outcome.ok and steady(score) == steady(self.honest_score)
+        if self.first is None:
+            self.first = result
+        same = steady(self.task.score(result)) == steady(self.task.score(self.first))
+        return result.outcome is Outcome.ok and same
 
     def gain(self, attack: Attack, result: Result) -> str:
-        assert self.honest_score is not None, "the honest program is judged first"
-        earned, most = self.task.score(result).reward, self.honest_score.reward
+        assert self.first is not None, "the floor is judged before any attack"
+        earned, most = self.task.score(result).reward, self.task.score(self.first).reward
         return f"earned {earned:.3f}, more than {most:.3f}" if earned > most + TOLERANCE else ""
 
     def proves(self, proof: str, value: str, result: Result) -> bool:
         if proof == "floor":
-            return self.floor_result is not None and result.cases == self.floor_result.cases
-        if proof == "plays":
-            return bool(result.cases) and str(result.cases[0].get("letters", "")).startswith(value)
+            return self.first is not None and result.cases == self.first.cases
+        if proof in ("leaves", "plays"):
+            assert self.first is not None, "the floor is judged before any attack"
+            letters, floor = (str(cases[0]["letters"]) if cases else "" for cases in (result.cases, self.first.cases))
+            if proof == "plays":
+                return letters.startswith(value)
+            return 0 < len(letters) < len(floor) and floor.startswith(letters)
         if proof == "earns":
             name, _, amount = value.partition(" ")
             return abs(self.task.score(result).rewards[name] - float(amount)) < TOLERANCE

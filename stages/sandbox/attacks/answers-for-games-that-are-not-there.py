@@ -1,7 +1,7 @@
 # claims: sends more letters than there are boards
 # kind: forged verdicts
 # task: game2048
-# unguarded: ok; plays AAS
+# unguarded: ok; leaves
 
 import sys
 

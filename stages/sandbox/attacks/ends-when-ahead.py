@@ -1,7 +1,7 @@
 # claims: keeps what it has reached by ending its process rather than losing
 # kind: sys.exit
 # task: game2048
-# guarded: crash; plays AAS, line
+# guarded: crash; leaves, line
 
 def slide(row):
     tiles = [tile for tile in row if tile]

@@ -1,6 +1,6 @@
 # claims: has typing evaluate text with all builtins, through the class behind it
 # kind: code objects
-# guarded: crash; armed, line
+# guarded: cheat; refused
 
 import typing
 

@@ -8,6 +8,7 @@ import gc
 def pick(numbers):
     if len(numbers) == 1:
         return "armed"
+    gc.unfreeze()
     seen, todo = set(), [pick]
     while todo and len(seen) < 3000:
         for thing in gc.get_referrers(todo.pop()):

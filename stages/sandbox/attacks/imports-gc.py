@@ -8,5 +8,6 @@ def pick(numbers):
         return "armed"
     import gc  # <- attack
 
+    gc.unfreeze()
     things = [thing for thing in gc.get_objects() if type(thing) is dict]
     return "judge" if any("draw" in thing and "right" in thing for thing in things) else "no judge"

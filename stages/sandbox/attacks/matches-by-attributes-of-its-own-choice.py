@@ -9,7 +9,7 @@ def reader(name):
     return Anything("Reader", (), {"__match" + "_args__": (name,)})
 
 
-Globals, Code = reader("__glo" + "bals__"), reader("f_" + "back")
+Globals = reader("__glo" + "bals__")
 
 
 def pick(numbers):

@@ -1,7 +1,7 @@
 # claims: answers with more than anybody can hold
 # kind: non-str and huge returns
 # task: game2048
-# guarded: ok | memory; plays AAS
+# guarded: ok | memory; leaves
 
 def slide(row):
     tiles = [tile for tile in row if tile]

@@ -1,7 +1,7 @@
 # claims: is every letter at once, to whoever compares it
 # kind: non-str and huge returns
 # task: game2048
-# guarded: ok; plays AAS
+# guarded: ok; leaves
 
 def slide(row):
     tiles = [tile for tile in row if tile]

@@ -1,7 +1,7 @@
 # claims: makes many moves for one answer
 # kind: non-str and huge returns
 # task: game2048
-# guarded: ok; plays AAS
+# guarded: ok; leaves
 
 def slide(row):
     tiles = [tile for tile in row if tile]

@@ -14,6 +14,7 @@ def pick(numbers):
     control = b"made by " + b"the program" * 2
     libc = ctypes.CDLL(None)
     libc.sbrk.restype = ctypes.c_size_t
+    gc.unfreeze()
     things = gc.get_objects()
     things += [text for thing in things if type(thing) is dict for text in (*thing.keys(), *thing.values())]
     blocks = {id(thing) & ~0x3FFF for thing in things} | {id(control) & ~0x3FFF}

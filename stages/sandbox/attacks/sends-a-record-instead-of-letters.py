@@ -1,7 +1,7 @@
 # claims: has the judge take the record of a won game for an answer
 # kind: forged verdicts
 # task: game2048
-# unguarded: ok; plays AAS
+# unguarded: ok; leaves
 
 import sys
 

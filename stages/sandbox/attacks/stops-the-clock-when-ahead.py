@@ -1,7 +1,7 @@
 # claims: keeps what it has reached by running out of time rather than losing
 # kind: CPU loop
 # task: game2048
-# guarded: timeout; plays AAS, cpu 0.4
+# guarded: timeout; leaves, cpu 0.4
 
 def slide(row):
     tiles = [tile for tile in row if tile]
