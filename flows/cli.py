@@ -1,7 +1,7 @@
 """The command `flexsink`. Heavy imports are inside the subcommands: `flexsink --help` takes a fraction of a second.
 
-Exit codes: 0 done; 1 an attack of the self-check succeeded; 2 an expected failure, told as `error: ...` and `hint: ...`;
-130 interrupted.
+Exit codes: 0 done; 1 the self-check failed; 2 an expected failure, told as `error: ...` and `hint: ...`; 130
+interrupted.
 """
 
 import argparse
