@@ -47,7 +47,7 @@ SLOTS = frozenset({"__slots__", "__name__", "__doc__", "__all__", "__version__",
 FRAME_WORDS = """
     gi_frame gi_code gi_yieldfrom cr_frame cr_code cr_await cr_origin ag_frame ag_code ag_await tb_frame
     tb_next tb_lasti f_back f_builtins f_code f_globals f_locals f_trace co_code co_consts co_names
-    func_globals func_code mro
+    func_globals func_code mro _evaluate
 """
 FRAME_ATTRIBUTES = frozenset(FRAME_WORDS.split())
 ESCAPES = frozenset({"eval", "exec", "compile", "open", "globals", "locals", "vars", "breakpoint"})
@@ -70,6 +70,11 @@ class Refused(Exception):
 
 def is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
+
+
+def is_hidden(name: str) -> bool:
+    """Says whether no program may read an attribute of this name."""
+    return (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES
 
 
 def compile_checked(source: str, *, guarded: bool) -> types.CodeType:
@@ -118,7 +123,7 @@ def find(tree: ast.AST) -> list[tuple[int, str, str]]:
                 if (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES:
                     findings.append((line, "cheat", f"reaches for .{name}"))
             case ast.Name(id=name, ctx=ctx):
-                if name == "__name__" or (is_dunder(name) and isinstance(ctx, ast.Store) and name in SLOTS):
+                if name in METHODS or name == "__name__" or (is_dunder(name) and isinstance(ctx, ast.Store) and name in SLOTS):
                     continue
                 if is_dunder(name):
                     findings.append((line, "cheat", f"uses {name}"))
@@ -167,6 +172,38 @@ def seed_random() -> None:
     random.Random = random.SystemRandom = SeededRandom  # type: ignore[misc]
 
 
+def refuse_text_annotations() -> None:
+    """Has the library evaluate no annotation that is text: functools.singledispatch would, past the static check."""
+
+    def get_type_hints(target, *rest, **options):  # type: ignore[no-untyped-def]
+        hints = dict(getattr(target, "__annotations__", {}))
+        if any(isinstance(hint, str | typing.ForwardRef) for hint in hints.values()):
+            raise TypeError("annotations that are text are not evaluated")
+        return hints
+
+    typing.get_type_hints = get_type_hints
+
+
+def careful_wrapping(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict[str, object]:
+    """Returns functools.update_wrapper and wraps that read no attribute but those of their defaults."""
+
+    def update_wrapper(  # type: ignore[no-untyped-def]
+        wrapper, wrapped, assigned=functools.WRAPPER_ASSIGNMENTS, updated=functools.WRAPPER_UPDATES
+    ):
+        assigned, updated = tuple(assigned), tuple(updated)
+        for name in assigned + updated:
+            if type(name) is not str:
+                raise TypeError("attribute name must be string")
+            if is_hidden(name) and name not in functools.WRAPPER_ASSIGNMENTS + functools.WRAPPER_UPDATES:
+                report_cheat(f"reaches for {name}")
+        return functools.update_wrapper(wrapper, wrapped, assigned, updated)
+
+    def wraps(wrapped, assigned=functools.WRAPPER_ASSIGNMENTS, updated=functools.WRAPPER_UPDATES):  # type: ignore[no-untyped-def]
+        return functools.partial(update_wrapper, wrapped=wrapped, assigned=assigned, updated=updated)
+
+    return {"update_wrapper": update_wrapper, "wraps": wraps}
+
+
 def public_copy(module: types.ModuleType) -> types.ModuleType:
     """Returns a module with the public names of `module`: without the modules that it imported for itself."""
     copied = types.ModuleType(module.__name__)
@@ -181,6 +218,7 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
     """Returns the table of builtins that a program runs with; `report_cheat` ends the case."""
     modules = {name: public_copy(module) for name, module in PRELOADED.items()}
     modules["collections"].abc = modules["collections.abc"]  # type: ignore[attr-defined]
+    vars(modules["functools"]).update(careful_wrapping(report_cheat))
     future = sys.modules["__future__"]
 
     def import_(name, globals=None, locals=None, fromlist=(), level=0):  # type: ignore[no-untyped-def]
@@ -194,7 +232,7 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
         def call(target, name, *rest):  # type: ignore[no-untyped-def]
             if type(name) is not str:
                 raise TypeError("attribute name must be string")
-            if (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES:
+            if is_hidden(name):
                 report_cheat(f"reaches for {name}")
             return function(target, name, *rest)
 
