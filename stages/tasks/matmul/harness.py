@@ -149,12 +149,13 @@ class Caches:
     """Overwrites more memory than the CPU's caches hold."""
 
     def __init__(self) -> None:
-        self.buffer = bytearray(CACHE_BYTES)
-        self.half = CACHE_BYTES // 2
+        self.buffer = bytearray()
 
     def overwrite(self) -> None:
+        self.buffer = self.buffer or bytearray(CACHE_BYTES)
+        half = CACHE_BYTES // 2
         with memoryview(self.buffer) as view:
-            view[: self.half] = view[self.half :]
+            view[:half] = view[half:]
 
 
 def judge(cases, ask):  # type: ignore[no-untyped-def]
