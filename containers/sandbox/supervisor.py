@@ -10,6 +10,7 @@ than which of the failing outcomes a failure is. The outcome ok is given here, w
 case has left nothing behind.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,6 +21,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -32,6 +34,7 @@ PR_SET_CHILD_SUBREAPER = 36
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_REPLY_BYTES = 16 << 20
 LEAVE_S = 2.0  # a case without questions exits in under 1 ms; on a busy machine it may wait for a core
+LOOK_S = 0.03  # three ticks
 ADDRESS = re.compile(r"0x[0-9a-f]{4,}", re.IGNORECASE)
 CLAIMS = ("syntax_error", "foreign_import", "cheat", "crash", "memory")
 
@@ -122,6 +125,8 @@ class Case:
     def ask(self, payload: bytes) -> bytes:
         """Sends one question and returns the answer; raises CaseEnded when there will be none."""
         return self.exchange(payload, b"M")
+
+    __call__ = ask  # a judge is given the case: ask(question), and ask.cpu_used() where it measures speed
 
     def exchange(self, payload: bytes, kind: bytes) -> bytes:
         if self.ended:
@@ -270,6 +275,43 @@ def uid_has_process(uid: int) -> bool:
     return False
 
 
+def busy_ticks() -> dict[int, int]:
+    """Returns for how many ticks (10 ms) each CPU has not been idle since the machine started."""
+    ticks = {}
+    with open("/proc/stat", encoding="ascii") as file:
+        for line in file:
+            name, *counts = line.split()
+            if name[:3] == "cpu" and name[3:].isdigit():
+                ticks[int(name[3:])] = sum(map(int, counts[:8])) - int(counts[3]) - int(counts[4])  # idle, iowait
+    return ticks
+
+
+def quiet_cpu() -> int:
+    """Returns the CPU that does the least just now, of those that the supervisor may use; any of several alike."""
+    before = busy_ticks()
+    time.sleep(LOOK_S)
+    now = busy_ticks()
+    cpus = os.sched_getaffinity(0)
+    return min(cpus, key=lambda cpu: (now.get(cpu, 0) - before.get(cpu, 0), os.urandom(1)))
+
+
+@contextlib.contextmanager
+def on_one_cpu(nursery: Nursery) -> Iterator[None]:
+    """Keeps the supervisor and the case to come on one CPU: a speed measured on two would be of the CPUs as well.
+
+    Left to itself the kernel keeps all supervisors where they were last, on one CPU in the end.
+    """
+    before = os.sched_getaffinity(0)
+    cpu = quiet_cpu()
+    try:
+        for pid in (0, nursery.pid):
+            os.sched_setaffinity(pid, {cpu})
+        yield
+    finally:
+        for pid in (0, nursery.pid):
+            os.sched_setaffinity(pid, before)
+
+
 def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     """Returns the reply to a job: outcome, detail, cases, cpu_s, supervisor_cpu_s, wall_s, discard, or `failed`."""
     started, own_started = time.monotonic(), time.process_time()
@@ -279,7 +321,7 @@ def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) 
     try:
         start = {name: job[name] for name in ("program", "entry", "harness", "guarded")}
         case.exchange(json.dumps(start).encode(), b"R")
-        rows = harnesses[job["harness"]].judge(job["cases"], case.ask)
+        rows = harnesses[job["harness"]].judge(job["cases"], case)
     except CaseEnded as ended:
         case.end(ended.outcome, ended.detail)
     except Exception:
@@ -342,7 +384,11 @@ def main() -> None:
     nursery.teach(hello["harnesses"])
     write_reply(hello["nonce"], {"protocol": PROTOCOL_VERSION, "python": sys.version.split()[0]})
     while (message := read_message()) is not None:
-        write_reply(message["nonce"], judge_job(nursery, harnesses, message["job"]))
+        job = message["job"]
+        measures_speed = getattr(harnesses[job["harness"]], "MEASURES_SPEED", False)
+        with on_one_cpu(nursery) if measures_speed else contextlib.nullcontext():
+            reply = judge_job(nursery, harnesses, job)
+        write_reply(message["nonce"], reply)
 
 
 if __name__ == "__main__" and "--warm" not in sys.argv:  # --warm: the image's build has the modules compiled
