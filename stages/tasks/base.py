@@ -32,6 +32,8 @@ class Score:
     rewards: Mapping[str, float]
     games: Sequence[Mapping[str, Any]]
     detail: str
+    checks: Mapping[str, bool | str | None] = dataclasses.field(default_factory=dict)
+    # the columns of stages/tasks/checks.py
 
     @property
     def reward(self) -> float:
