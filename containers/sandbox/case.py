@@ -195,6 +195,7 @@ def nurse(control: socket.socket) -> NoReturn:
     walls = Walls()
     pipe = Pipe()
     programs.seed_random()
+    programs.refuse_text_annotations()
     compile_warm()
     tables = programs.make_builtins(lambda what: pipe.end("cheat", what))
     try:

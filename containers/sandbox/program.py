@@ -40,7 +40,6 @@ PRELOADED = {
     "copy": copy,
     "typing": typing,
 }
-ASSIGNED, UPDATED = functools.WRAPPER_ASSIGNMENTS, functools.WRAPPER_UPDATES
 WITHHELD = {"typing": {"get_type_hints", "ForwardRef"}}  # evaluate strings with all builtins
 METHOD_WORDS = """
     init new call repr str bool hash len iter next reversed contains getitem setitem delitem missing enter
@@ -56,7 +55,7 @@ SLOTS = frozenset({"__slots__", "__name__", "__doc__", "__all__", "__version__",
 FRAME_WORDS = """
     gi_frame gi_code gi_yieldfrom cr_frame cr_code cr_await cr_origin ag_frame ag_code ag_await tb_frame
     tb_next tb_lasti f_back f_builtins f_code f_globals f_locals f_trace co_code co_consts co_names
-    func_globals func_code mro
+    func_globals func_code mro _evaluate
 """
 FRAME_ATTRIBUTES = frozenset(FRAME_WORDS.split())
 ESCAPES = frozenset({"eval", "exec", "compile", "open", "globals", "locals", "vars", "breakpoint"})
@@ -90,6 +89,11 @@ class Refused(Exception):
 
 def is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
+
+
+def is_hidden(name: str) -> bool:
+    """Says whether no program may read an attribute of this name."""
+    return (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES
 
 
 def compile_checked(source: str, *, entry: str, guarded: bool) -> Program:
@@ -202,6 +206,38 @@ def seed_random() -> None:
     random.Random = random.SystemRandom = SeededRandom  # type: ignore[misc]
 
 
+def refuse_text_annotations() -> None:
+    """Has the library evaluate no annotation that is text: functools.singledispatch would, past the static check."""
+
+    def get_type_hints(target, *rest, **options):  # type: ignore[no-untyped-def]
+        hints = dict(getattr(target, "__annotations__", {}))
+        if any(isinstance(hint, str | typing.ForwardRef) for hint in hints.values()):
+            raise TypeError("annotations that are text are not evaluated")
+        return hints
+
+    typing.get_type_hints = get_type_hints
+
+
+def careful_wrapping(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict[str, object]:
+    """Returns functools.update_wrapper and wraps that read no attribute but those of their defaults."""
+
+    def update_wrapper(  # type: ignore[no-untyped-def]
+        wrapper, wrapped, assigned=functools.WRAPPER_ASSIGNMENTS, updated=functools.WRAPPER_UPDATES
+    ):
+        assigned, updated = tuple(assigned), tuple(updated)
+        for name in assigned + updated:
+            if type(name) is not str:
+                raise TypeError("attribute name must be string")
+            if is_hidden(name) and name not in functools.WRAPPER_ASSIGNMENTS + functools.WRAPPER_UPDATES:
+                report_cheat(f"{running_line()}reaches for {name} through update_wrapper()")
+        return functools.update_wrapper(wrapper, wrapped, assigned, updated)
+
+    def wraps(wrapped, assigned=functools.WRAPPER_ASSIGNMENTS, updated=functools.WRAPPER_UPDATES):  # type: ignore[no-untyped-def]
+        return functools.partial(update_wrapper, wrapped=wrapped, assigned=assigned, updated=updated)
+
+    return {"update_wrapper": update_wrapper, "wraps": wraps}
+
+
 def public_copy(module: types.ModuleType) -> types.ModuleType:
     """Returns a module with the public names of `module`: without the modules that it imported for itself."""
     copied = types.ModuleType(module.__name__)
@@ -216,6 +252,7 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
     """Returns the table of builtins that a program runs with; `report_cheat` ends the case."""
     modules = {name: public_copy(module) for name, module in PRELOADED.items()}
     modules["collections"].abc = modules["collections.abc"]  # type: ignore[attr-defined]
+    vars(modules["functools"]).update(careful_wrapping(report_cheat))
     future = sys.modules["__future__"]
 
     def import_(name, globals=None, locals=None, fromlist=(), level=0):  # type: ignore[no-untyped-def]
@@ -225,34 +262,17 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
             raise Refused("foreign_import", f"{running_line()}imports {name}")
         return modules[name if fromlist else name.partition(".")[0]]
 
-    def refuse_walk(name: str, through: str) -> None:
-        if (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES:
-            report_cheat(f"{running_line()}reaches for {name} through {through}()")
-
     def guarded(function):  # type: ignore[no-untyped-def]
         def call(target, name, *rest):  # type: ignore[no-untyped-def]
             if type(name) is not str:
                 raise TypeError("attribute name must be string")
-            refuse_walk(name, function.__name__)
+            if is_hidden(name):
+                report_cheat(f"{running_line()}reaches for {name} through {function.__name__}()")
             return function(target, name, *rest)
 
         call.__name__ = call.__qualname__ = function.__name__
         return call
 
-    def update_wrapper(wrapper, wrapped, assigned=ASSIGNED, updated=UPDATED):  # type: ignore[no-untyped-def]
-        assigned, updated = tuple(assigned), tuple(updated)
-        for name in (*assigned, *updated):
-            if type(name) is not str:
-                raise TypeError("attribute name must be string")
-            if name not in ASSIGNED + UPDATED:
-                refuse_walk(name, "update_wrapper")
-        return functools.update_wrapper(wrapper, wrapped, assigned, updated)
-
-    def wraps(wrapped, assigned=ASSIGNED, updated=UPDATED):  # type: ignore[no-untyped-def]
-        return functools.partial(update_wrapper, wrapped=wrapped, assigned=assigned, updated=updated)
-
-    modules["functools"].update_wrapper = update_wrapper  # type: ignore[attr-defined]
-    modules["functools"].wraps = wraps  # type: ignore[attr-defined]
     table: dict[str, object] = {name: getattr(builtins, name) for name in OFFERED_WORDS.split()}
     for name, value in vars(builtins).items():
         if isinstance(value, type) and issubclass(value, BaseException):

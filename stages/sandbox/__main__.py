@@ -1,13 +1,10 @@
-"""python -m stages.sandbox image | self-check: makes the sandbox image; attacks the sandbox."""
+"""python -m stages.sandbox image: makes the sandbox image. The attacks are `flexsink self-check sandbox`."""
 
 import argparse
 import sys
 
-from stages.config import SandboxConfig, UserError
-from stages.sandbox.attacks import ATTACKS
+from stages.config import UserError
 from stages.sandbox.image import BASE, build, connect, has_image, image_name, obtain_base
-from stages.sandbox.pool import open_pool
-from stages.sandbox.self_check import HARNESS, LIMITS, attack_pool
 
 
 def make_image(options: argparse.Namespace) -> int:
@@ -24,21 +21,6 @@ def make_image(options: argparse.Namespace) -> int:
     return 0
 
 
-def check(options: argparse.Namespace) -> int:
-    """Prints a line for each attack; exit status 1 when one of them got through or an honest program was disturbed."""
-    config = SandboxConfig(containers=1, memory_bytes=LIMITS.memory_bytes, runtime=options.runtime)
-    failed = 0
-    with open_pool(config, harnesses={"self_check": HARNESS}, labels={"flexsink.stage": "self-check"}) as pool:
-        for finding in attack_pool(pool):
-            failed += not finding.passed
-            after = "" if finding.honest_after else "; the honest program after it was NOT judged right"
-            print(
-                f"{'ok  ' if finding.passed else 'FAIL'} {finding.attack.name:<52} {finding.words}{after}", flush=True
-            )
-    print(f"{len(ATTACKS) - failed} of {len(ATTACKS)} attacks came to nothing")
-    return int(failed > 0)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m stages.sandbox", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -46,9 +28,6 @@ def main() -> int:
     image.add_argument("--check", action="store_true", help="only say whether it is there (exit status 1 when not)")
     image.add_argument("--base", help=f"base image (default: {BASE})")
     image.set_defaults(run=make_image)
-    attack = commands.add_parser("self-check", help="attack the sandbox with the known attacks")
-    attack.add_argument("--runtime", default="", help="Docker runtime to check, such as runsc")
-    attack.set_defaults(run=check)
     options = parser.parse_args()
     try:
         status: int = options.run(options)

@@ -1,0 +1,32 @@
+# claims: quits while it is ahead
+# kind: non-str and huge returns
+# task: game2048
+# guarded: ok; leaves
+
+def slide(row):
+    tiles = [tile for tile in row if tile]
+    for i in range(1, len(tiles)):
+        if tiles[i - 1] == tiles[i]:
+            tiles[i - 1], tiles[i] = 2 * tiles[i], 0
+    tiles = [tile for tile in tiles if tile]
+    return tiles + [0] * (len(row) - len(tiles))
+
+
+def after(board, letter):
+    if letter == "A":
+        return [slide(row) for row in board]
+    if letter == "D":
+        return [slide(row[::-1])[::-1] for row in board]
+    columns = [list(column) for column in zip(*board)]
+    return [list(row) for row in zip(*after(columns, "A" if letter == "W" else "D"))]
+
+
+def first_legal(board):
+    for letter in "ASDW":
+        if after(board, letter) != board:
+            return letter
+    return "A"
+
+
+def strategy(board):
+    return first_legal(board) if max(map(max, board)) < 16 else None

@@ -1,0 +1,34 @@
+# claims: keeps what it has reached by running out of time rather than losing
+# kind: CPU loop
+# task: game2048
+# guarded: timeout; leaves, cpu 0.4
+
+def slide(row):
+    tiles = [tile for tile in row if tile]
+    for i in range(1, len(tiles)):
+        if tiles[i - 1] == tiles[i]:
+            tiles[i - 1], tiles[i] = 2 * tiles[i], 0
+    tiles = [tile for tile in tiles if tile]
+    return tiles + [0] * (len(row) - len(tiles))
+
+
+def after(board, letter):
+    if letter == "A":
+        return [slide(row) for row in board]
+    if letter == "D":
+        return [slide(row[::-1])[::-1] for row in board]
+    columns = [list(column) for column in zip(*board)]
+    return [list(row) for row in zip(*after(columns, "A" if letter == "W" else "D"))]
+
+
+def first_legal(board):
+    for letter in "ASDW":
+        if after(board, letter) != board:
+            return letter
+    return "A"
+
+
+def strategy(board):
+    while max(map(max, board)) >= 16:
+        pass
+    return first_legal(board)
