@@ -183,13 +183,14 @@ def plan_command(args: argparse.Namespace) -> int:
 def evaluate_command(args: argparse.Namespace) -> int:
     from flows.summary import figures, policy_row
     from stages.artifacts import RunDir, StageId
+    from stages.tasks import registry
 
     run = RunDir.open(args.run)
     updates = last_update(run) if args.updates is None else args.updates
     stage = StageId("evaluate", updates)
     make(run, run.config(), [stage])
     row = policy_row(run, updates)
-    print(f"{updates} updates   {figures(row)}" if row else run.folder(stage))
+    print(f"{updates} updates   {figures(row, registry.of(run.config()))}" if row else run.folder(stage))
     print(f"written to  {run.folder(stage)}")
     return 0
 

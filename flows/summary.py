@@ -1,10 +1,13 @@
 """A finished run in a few figures, read from its Parquet: for the terminal and for Prefect's UI."""
 
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.artifacts import RunDir, StageId
 from stages.artifacts.manifest import NAME
+
+if TYPE_CHECKING:
+    from stages.tasks.base import Task
 
 
 def finished(run: RunDir, pattern: str) -> list[int]:
@@ -28,6 +31,8 @@ def reward_rows(run: RunDir) -> list[dict[str, Any]]:
 
 
 class Summary(NamedTuple):
+    task: "Task"
+    # whose figures the evaluations hold
     rewards: list[dict[str, Any]]
     # of `reward_rows`
     before: dict[str, Any] | None
@@ -39,9 +44,17 @@ class Summary(NamedTuple):
 
     @classmethod
     def of(cls, run: RunDir) -> "Summary":
+        from stages.tasks import registry
+
         evaluations = finished(run, "evaluations/*")
         last = evaluations[-1] if evaluations else 0
-        return cls(reward_rows(run), policy_row(run, 0), policy_row(run, last) if last else None, last)
+        return cls(
+            registry.of(run.config()),
+            reward_rows(run),
+            policy_row(run, 0),
+            policy_row(run, last) if last else None,
+            last,
+        )
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -54,7 +67,7 @@ class Summary(NamedTuple):
             )
         for name, row in (("untrained", self.before), (f"{self.updates} updates", self.after)):
             if row:
-                lines.append(f"{name:<12}{figures(row)}")
+                lines.append(f"{name:<12}{figures(row, self.task)}")
         return lines
 
     def markdown(self) -> str:
@@ -63,7 +76,7 @@ class Summary(NamedTuple):
         lines += [f"| {row['iteration']} | {row['reward']:.3f} |" for row in self.rewards]
         for name, row in (("untrained", self.before), (f"after {self.updates} updates", self.after)):
             if row:
-                lines += ["", f"Evaluation {name}: {figures(row)}"]
+                lines += ["", f"Evaluation {name}: {figures(row, self.task)}"]
         return "\n".join(lines) + "\n"
 
 
@@ -77,10 +90,15 @@ def policy_row(run: RunDir, updates: int) -> dict[str, Any] | None:
     return next((row for row in rows if row.get("kind") == "policy"), None)
 
 
-def figures(row: dict[str, Any]) -> str:
-    text = f"mean score {row['mean_score']:.0f}"
-    if row.get("mean_score_low") is not None:
-        text += f" [{row['mean_score_low']:.0f}, {row['mean_score_high']:.0f}]"
-    if row.get("win_rate") is not None:
-        text += f", wins {100 * row['win_rate']:.1f} %"
-    return text + f", {row['distinct_programs']} distinct of {row['programs']} programs"
+def figures(row: dict[str, Any], task: "Task") -> str:
+    """The task's figures in one line: "mean score 3010 [2644, 3391], wins 1.2 %, 60 distinct of 64 programs"."""
+    parts = []
+    for figure in task.figures:
+        if row.get(figure.name) is not None:
+            value: float = row[figure.name]
+            low, high = row.get(f"{figure.name}_low"), row.get(f"{figure.name}_high")
+            text = f"{100 * value:.1f} %" if figure.share else f"{value:.{figure.digits}f}"
+            if low is not None and not figure.share:
+                text += f" [{low:.{figure.digits}f}, {high:.{figure.digits}f}]"
+            parts.append(f"{figure.counted or figure.title} {text}")
+    return ", ".join([*parts, f"{row['distinct_programs']} distinct of {row['programs']} programs"])

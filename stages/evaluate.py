@@ -1,14 +1,15 @@
-"""evaluate: samples programs from the policy and plays each on held-out seeds, with baselines beside it.
+"""evaluate: samples programs from the policy and judges each on held-out seeds, with baselines beside it.
 
     python -m stages.evaluate --run-dir R --updates 24
 
-Writes evaluations-*.parquet (a row for each program and each baseline, with its games) and summary.parquet (a row for
-the policy and each baseline). The n-th program meets the same held-out seeds, and is sampled with the same seed, in
-every evaluation of a run, so that what differs between two of them is the policy. Completions and verdicts are
-journalled: a killed evaluation goes on with what is missing.
+Writes evaluations-*.parquet (a row for each program and each baseline, with its figures and cases) and summary.parquet
+(a row for the policy and each baseline). Figures and cases are the task's: mean score, wins and games for 2048. The
+n-th program meets the same held-out seeds, and is sampled with the same seed, in every evaluation of a run, so that
+what differs between two of them is the policy. Completions and verdicts are journalled: a killed evaluation goes on
+with what is missing.
 
-A program without games, or one that cheated, scores 0. Intervals are 95 % percentile bootstraps: over programs for the
-policy, over games for a baseline, which is a single program.
+A program that cheated is measured as one without cases. Intervals are 95 % percentile bootstraps: over programs for
+the policy, over cases for a baseline, which is a single program.
 """
 
 import time
@@ -20,16 +21,15 @@ import numpy as np
 
 from stages.artifacts import StageContext, derive
 from stages.artifacts.command import main as command_main
-from stages.artifacts.parquet import EVALUATIONS, SUMMARY, write_parts, write_table
+from stages.artifacts.parquet import write_parts, write_table
 from stages.engine import Completion, Engine, Request, SamplingParams
 from stages.model.policy import live_policy
 from stages.sandbox import Outcome
-from stages.tasks import judging, registry
+from stages.tasks import judging, registry, tables
 from stages.tasks.base import Score, Task
 from stages.tasks.judging import Attempt
 from stages.tasks.programs import syntax_tree
 
-BASELINE_GAMES = 64  # as many as the policy plays at the least; all four baselines take 3 s of CPU
 RESAMPLES = 2000
 
 
@@ -45,14 +45,14 @@ def run(context: StageContext) -> None:
 
     rows = [
         {"kind": "policy", "name": f"policy {updates}", "completion_id": name, "completion": completions[name]}
-        | measured(program, [scores[name]])
+        | measured(program, [scores[name]], task)
         for name, program in programs
     ]
     for name, program in task.baselines().items():
         played = [score for attempt, score in scores.items() if attempt.startswith(f"baseline-{name}-")]
-        rows.append({"kind": "baseline", "name": name} | measured(program, played))
-    write_parts(context.out, "evaluations", rows, EVALUATIONS)
-    write_table(context.out / "summary.parquet", summarise(rows), SUMMARY)
+        rows.append({"kind": "baseline", "name": name} | measured(program, played, task))
+    write_parts(context.out, "evaluations", rows, tables.evaluations(task))
+    write_table(context.out / "summary.parquet", summarise(rows, task), tables.summary(task))
 
 
 def sample(context: StageContext, task: Task, updates: int) -> dict[str, str]:
@@ -96,9 +96,9 @@ def sample(context: StageContext, task: Task, updates: int) -> dict[str, str]:
 
 
 def baseline_attempts(context: StageContext, task: Task) -> list[Attempt]:
-    """Returns the baselines' attempts, in jobs of as many games as a program's."""
+    """Returns the baselines' attempts, in jobs of as many cases as a program's."""
     games = context.config.evaluate.games
-    jobs = -(-min(BASELINE_GAMES, games * context.config.evaluate.programs) // games)
+    jobs = -(-min(task.baseline_cases, games * context.config.evaluate.programs) // games)
     return [
         attempt
         for name, program in task.baselines().items()
@@ -128,18 +128,15 @@ def judge(context: StageContext, task: Task, attempts: Sequence[Attempt]) -> dic
     return {attempt.attempt_id: scores[attempt.attempt_id] for attempt in attempts}
 
 
-def measured(program: str | None, scores: Sequence[Score]) -> dict[str, Any]:
+def measured(program: str | None, scores: Sequence[Score], task: Task) -> dict[str, Any]:
     """Returns a row's columns for a program judged in one or more jobs; the outcome is the first that is not ok."""
     outcome = next((score.outcome for score in scores if score.outcome != Outcome.ok), Outcome.ok)
-    games = [game for score in scores for game in score.games]
-    counted = [] if outcome in judging.CHEATS else games
     return {
         "program": program,
         "outcome": str(outcome),
         "syntax_tree": None if program is None else syntax_tree(program),
-        "mean_score": judging.mean_score(scores),
-        "win_rate": sum(game["state"] == "won" for game in counted) / len(counted) if counted else 0.0,
-        "games": games,
+        **judging.figures(scores, task=task),
+        task.cases: [case for score in scores for case in score.cases],
     }
 
 
@@ -159,36 +156,35 @@ def bootstrap(values: Sequence[float], *, seed: int) -> Interval:
     return Interval(float(sample.mean()), float(low), float(high))
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
     """Returns a summary row for each name, in the order in which they come."""
     names = list(dict.fromkeys((row["kind"], row["name"]) for row in rows))
     summaries = []
     for kind, name in names:
         own = [row for row in rows if (row["kind"], row["name"]) == (kind, name)]
-        games = [game for row in own for game in row["games"]]
-        if kind == "baseline":
-            points, wins = [game["score"] for game in games], [game["state"] == "won" for game in games]
-        else:
-            points, wins = [row["mean_score"] for row in own], [row["win_rate"] for row in own]
-        score = bootstrap(points, seed=derive("bootstrap", "score", name))
-        rate = bootstrap(wins, seed=derive("bootstrap", "wins", name))
-        tiles = Counter(game["max_tile"] for game in games)
-        summaries.append(
-            {
-                "kind": kind,
-                "name": name,
-                "programs": len(own),
-                "distinct_programs": len({row["syntax_tree"] for row in own if row["syntax_tree"]}),
-                "games": len(games),
-                "mean_score": score.mean,
-                "mean_score_low": score.low,
-                "mean_score_high": score.high,
-                "win_rate": rate.mean,
-                "win_rate_low": rate.low,
-                "win_rate_high": rate.high,
-                "tiles": [{"tile": tile, "games": count} for tile, count in sorted(tiles.items())],
+        cases = [case for row in own for case in row[task.cases]]
+        units = [task.measure([case]) for case in cases] if kind == "baseline" else own
+        summary = {
+            "kind": kind,
+            "name": name,
+            "programs": len(own),
+            "distinct_programs": len({row["syntax_tree"] for row in own if row["syntax_tree"]}),
+            task.cases: len(cases),
+        }
+        for figure in task.figures:
+            seed = derive("bootstrap", figure.stream or figure.name, name)
+            interval = bootstrap([unit[figure.name] for unit in units], seed=seed)
+            summary |= {
+                figure.name: interval.mean,
+                f"{figure.name}_low": interval.low,
+                f"{figure.name}_high": interval.high,
             }
-        )
+        if task.tally:
+            counts = Counter(case[task.tally.of] for case in cases)
+            summary[task.tally.name] = [
+                {task.tally.value: value, task.cases: count} for value, count in sorted(counts.items())
+            ]
+        summaries.append(summary)
     return summaries
 
 

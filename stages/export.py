@@ -4,9 +4,9 @@
 
 Formats: mxfp4 (experts without a delta keep their bytes, the others are re-quantised), fp16 and bf16 (dense, merged),
 adapter (PEFT). Whatever was written is loaded again: by transformers, whose logits must equal ours on the same tensors,
-and as a policy that plays the same held-out games as the last evaluation. Re-quantising can swallow small deltas: when
-less than 90 % of the gain is left, export.json says so and the rest is kept as a low-rank residual adapter beside the
-model, in residual_adapter/.
+and as a policy whose programs meet the same held-out seeds as the last evaluation's. Re-quantising can swallow small
+deltas: when less than 90 % of the gain is left, export.json says so and the rest is kept as a low-rank residual adapter
+beside the model, in residual_adapter/.
 
 Does not cover: sharded reload checks on a card that cannot hold the model twice.
 """
@@ -66,7 +66,7 @@ def judge_export(
 ) -> dict[str, Any]:
     """What the exported model still can: its KL to the live policy, its held-out score, the share of the gain kept."""
     config = context.config
-    before, after = (mean_score(context, index) for index in (0, policy.version))
+    before, after = (evaluated_score(context, index) for index in (0, policy.version))
     exported = Policy.load(
         dataclasses.replace(config.model, source=str(context.out)),
         lora_rank=config.update.lora_rank,
@@ -121,7 +121,7 @@ def sample(policy: Policy, context: StageContext, *, count: int, prefix: str) ->
 
 
 def held_out_score(policy: Policy, context: StageContext) -> float:
-    """Mean score of the policy's programs on the seeds that the evaluations play."""
+    """The task's first figure, averaged over the policy's programs on the seeds that the evaluations judge them on."""
     config = context.config
     task = registry.get(config.task.name, config.task.option_values())
     completions = sample(policy, context, count=config.evaluate.programs, prefix="export")
@@ -129,13 +129,15 @@ def held_out_score(policy: Policy, context: StageContext) -> float:
     limits = judging.limits_of(config.sandbox)
     pool = judging.sandbox_of(context, task)
     scores = judging.play_held_out(programs, task=task, pool=pool, limits=limits, games=config.evaluate.games)
-    return sum(judging.mean_score([score]) for score in scores) / len(scores)
+    figure = task.figures[0].name
+    return sum(judging.figures([score], task=task)[figure] for score in scores) / len(scores)
 
 
-def mean_score(context: StageContext, updates: int) -> float:
-    """The policy's mean held-out score in the evaluation after `updates` updates."""
+def evaluated_score(context: StageContext, updates: int) -> float:
+    """The policy's first figure in the evaluation after `updates` updates."""
+    task = registry.get(context.config.task.name, context.config.task.option_values())
     rows = read_table(context.input(StageId("evaluate", updates)), "summary", SUMMARY).to_pylist()
-    return float(next(row["mean_score"] for row in rows if row["kind"] == "policy"))
+    return float(next(row[task.figures[0].name] for row in rows if row["kind"] == "policy"))
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ import time
 
 from stages.artifacts import StageContext, StageId
 from stages.artifacts.command import main as command_main
-from stages.artifacts.parquet import ROLLOUTS, read_table, scores_schema, write_parts
-from stages.tasks import judging, registry
+from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
+from stages.tasks import judging, registry, tables
 from stages.tasks.base import Score
 from stages.tasks.judging import Attempt
 
@@ -61,13 +61,13 @@ def run(context: StageContext) -> None:
             "reward": scores[attempt.attempt_id].reward,
             **{f"reward_{name}": scores[attempt.attempt_id].rewards[name] for name in task.reward_names},
             "program": attempt.program,
-            "games": scores[attempt.attempt_id].games,
+            task.cases: scores[attempt.attempt_id].cases,
             "detail": scores[attempt.attempt_id].detail,
             **scores[attempt.attempt_id].checks,
         }
         for attempt in sorted(attempts)
     ]
-    write_parts(context.out, "scores", rows, scores_schema(task.reward_names))
+    write_parts(context.out, "scores", rows, tables.scores(task))
 
 
 def main() -> None:

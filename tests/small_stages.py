@@ -13,8 +13,9 @@ import time
 import types
 
 from stages.artifacts import StageContext, derive
-from stages.artifacts.parquet import METRICS, SUMMARY, scores_schema, write_parts, write_table
+from stages.artifacts.parquet import METRICS, scores_schema, write_parts, write_table
 from stages.config import UserError
+from stages.tasks import registry, tables
 
 
 def read(context: StageContext) -> str:
@@ -70,7 +71,8 @@ def evaluate(context: StageContext) -> None:
     score = float(derive(read(context)) % 1000)
     row = {"kind": "policy", "name": "policy", "programs": 8, "distinct_programs": 5, "games": 16, "win_rate": 0.0}
     row |= {"mean_score": score, "mean_score_low": score - 1, "mean_score_high": score + 1}
-    write_table(context.out / "summary.parquet", [row | {"win_rate_low": 0.0, "win_rate_high": 0.0}], SUMMARY)
+    row |= {"win_rate_low": 0.0, "win_rate_high": 0.0}
+    write_table(context.out / "summary.parquet", [row], tables.summary(registry.of(context.config)))
 
 
 def export(context: StageContext) -> None:

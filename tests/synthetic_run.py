@@ -19,19 +19,16 @@ from typing import Any
 
 from stages.artifacts import RunDir, Session, StageContext, StageId, execute
 from stages.artifacts.parquet import (
-    EVALUATIONS,
     METRICS,
     ROLLOUTS,
     SAMPLES,
-    SUMMARY,
     read_table,
-    scores_schema,
     write_parts,
     write_table,
 )
 from stages.config import EvaluateConfig, ExportConfig, RolloutConfig, RunConfig, TrainConfig, UpdateConfig
 from stages.sandbox.protocol import Outcome, Result
-from stages.tasks import programs, registry
+from stages.tasks import programs, registry, tables
 from stages.tasks.game2048.baselines import BASELINES
 from stages.tasks.game2048.rules import Game
 
@@ -141,11 +138,11 @@ def score(context: StageContext) -> None:
                 "reward": verdict.reward,
                 **{f"reward_{name}": value for name, value in verdict.rewards.items()},
                 "program": program,
-                "games": list(verdict.games),
+                "games": list(verdict.cases),
                 "detail": verdict.detail,
             }
         )
-    write_parts(context.out, "scores", judged, scores_schema(task.reward_names))
+    write_parts(context.out, "scores", judged, tables.scores(task))
     context.timings.append({"what": "sandbox", "seconds": 1e-4 * len(rows), "peak_bytes": 90 << 20})
 
 
@@ -199,10 +196,10 @@ def evaluate(context: StageContext) -> None:
         for n in range(4):
             result = ended("ok", pool(name)[n::4])
             rows.append(evaluation("baseline", name, None, None, BASELINES[name], task.score(result)))
-    write_parts(context.out, "evaluations", rows, EVALUATIONS)
+    write_parts(context.out, "evaluations", rows, tables.evaluations(task))
     names = dict.fromkeys((row["kind"], row["name"]) for row in rows)
     sums = [summary(kind, name, [row for row in rows if row["name"] == name]) for kind, name in names]
-    write_table(context.out / "summary.parquet", sums, SUMMARY)
+    write_table(context.out / "summary.parquet", sums, tables.summary(task))
     context.timings += [{"what": "decode", "seconds": 2e-2, "num_tokens": 11000}, {"what": "games", "seconds": 1e-2}]
 
 
@@ -300,7 +297,7 @@ def evaluation(
     kind: str, name: str, completion_id: str | None, text: str | None, program: str | None, verdict: Any
 ) -> dict[str, Any]:
     """A row of an evaluation."""
-    games = list(verdict.games)
+    games = list(verdict.cases)
     return {
         "kind": kind,
         "name": name,

@@ -117,7 +117,8 @@ def test_parts_that_contradict_each_other_are_a_user_error(tmp_path: Path) -> No
 
 
 def test_every_reward_function_gets_a_column_beside_the_sum(tmp_path: Path) -> None:
-    schema = scores_schema(["works", "strategy"])
+    columns = {"seed": "int64", "moves": "int32", "max_tile": "int32", "score": "int64", "state": "string"}
+    schema = scores_schema(["works", "strategy"], cases="games", case_columns={**columns, "letters": "string"})
     games = [{"seed": 4, "moves": 210, "max_tile": 256, "score": 3012, "state": "stuck", "letters": "WASD"}]
     row = {"completion_id": "a", "outcome": "ok", "reward": 2.5, "reward_works": 1.0, "reward_strategy": 1.5}
     write_parts(tmp_path, "scores", [row | {"games": games, "program": None}], schema)

@@ -198,7 +198,7 @@ def test_a_cheat_scores_nothing_whatever_its_games_say():
     task = registry.get("game2048")
     games = [{"seed": 1, "moves": 5, "max_tile": 2048, "score": 20000, "state": "won", "letters": ""}]
     result = judging.Result(job_id="", outcome=judging.Outcome.cheat, detail="", cases=tuple(games), cpu_s=0, wall_s=0)
-    row = evaluate.measured("x", [task.score(result)])
+    row = evaluate.measured("x", [task.score(result)], task)
     assert (row["outcome"], row["mean_score"], row["win_rate"]) == ("cheat", 0, 0)
 
 
@@ -254,7 +254,7 @@ def test_play_held_out_gives_what_the_evaluation_gave(done):
         limits=judging.limits_of(config.sandbox),
         games=3,
     )
-    assert [list(score.games) for score in scores] == [row["games"] for row in rows[:12]]
+    assert [list(score.cases) for score in scores] == [row["games"] for row in rows[:12]]
 
 
 @pytest.mark.docker

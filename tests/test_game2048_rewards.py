@@ -55,7 +55,7 @@ def test_works_says_how_far_the_program_got(outcome, works):
 def test_every_outcome_has_a_finite_reward_and_no_program_has_one_too():
     assert all(math.isfinite(Game2048().score(result(outcome)).reward) for outcome in Outcome)
     nothing = Game2048().score(None)
-    assert (nothing.outcome, nothing.reward, nothing.games) == (Outcome.no_program, -1.0, [])
+    assert (nothing.outcome, nothing.reward, nothing.cases) == (Outcome.no_program, -1.0, [])
 
 
 @pytest.mark.parametrize("outcome", [Outcome.cheat, Outcome.foreign_import])

@@ -20,7 +20,7 @@ from stages.config import UserError
 from stages.report import write_report
 from stages.report.charts import Curve, line_chart, nice_ticks, stacked_bars, tick_text
 from stages.report.collect import collect
-from stages.report.contents import Contents, Game, Player, Program
+from stages.report.contents import Contents, Game, Player, Program, Share, Words
 from stages.report.figures import duration, fixed, number, percent, percents, size
 from stages.report.highlight import python_to_html
 from stages.report.page import render
@@ -42,19 +42,20 @@ def page(run: RunDir) -> Path:
     return write_report(run.path)
 
 
+WORDS = Words("games", "player", "play", "played", "mean score", [("games won", "won")])
+
+
 def player(label: str, score: float, margin: float, updates: int | None = None) -> Player:
     return Player(
         label=label,
         updates=updates,
         programs=64,
         distinct_programs=40,
-        games=256,
+        cases=256,
         score=score,
         score_low=score - margin,
         score_high=score + margin,
-        win_rate=0.0,
-        win_rate_low=0.0,
-        win_rate_high=0.01,
+        shares=[Share(0.0, 0.0, 0.01)],
         tiles={128: 200, 256: 56},
     )
 
@@ -83,6 +84,7 @@ def contents(*, before: Player | None = None, after: Player | None = None, rewar
     return Contents(
         name="demo",
         task="2048",
+        words=WORDS,
         model="data/tiny",
         preset="preset tiny",
         planned_iterations=len(rewards) or 6,
@@ -320,7 +322,7 @@ HOSTILE = "</pre></script><script>window.owned=1</script><img src=x onerror='win
 def hostile() -> Contents:
     """A report every text of which tries to be markup."""
     record = replay(PlayedGame(**synthetic_run.played("random", 3)), size=4, target=2048)
-    bad = Program(HOSTILE, 1.0, {HOSTILE: 1.0}, "crash", HOSTILE, HOSTILE, [])
+    bad = Program(HOSTILE, 1.0, {HOSTILE: 1.0}, "crash", HOSTILE, HOSTILE, HOSTILE)
     base = contents(before=replace(UNTRAINED, label=HOSTILE), after=TRAINED, rewards=(0.0, 1.0))
     games = [Game(HOSTILE, HOSTILE, replace(record, state=HOSTILE), HOSTILE)]
     return replace(base, name=HOSTILE, task=HOSTILE, model=HOSTILE, best=[bad], worst=[bad], games=games,

@@ -4,9 +4,9 @@ import pytest
 
 from stages import score
 from stages.artifacts import RunDir, Session, StageId, execute
-from stages.artifacts.parquet import ROLLOUTS, read_table, scores_schema, write_parts
+from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
 from stages.config import RunConfig, SandboxConfig, TaskConfig, UserError
-from stages.tasks import checks, judging, registry
+from stages.tasks import checks, judging, registry, tables
 from tests.program_pipes import PipePool
 
 FINAL = "<|channel|>final<|message|>"
@@ -89,7 +89,7 @@ def scored(run, config, pool, report=lambda progress: None):
     session = Session()
     session.get("sandbox", lambda: pool)
     execute(run, config, StageId("score", 0), score.run, session, report)
-    return read_table(run.folder(StageId("score", 0)), "scores", scores_schema(REWARDS)).to_pylist()
+    return read_table(run.folder(StageId("score", 0)), "scores", tables.scores(registry.get("game2048"))).to_pylist()
 
 
 def test_every_completion_gets_its_verdict_in_the_order_of_the_ids(tmp_path):
@@ -191,7 +191,7 @@ def test_real_sandboxes_give_the_verdicts_of_the_pipes_and_catch_what_the_pipes_
     run, config = prepared(tmp_path / "docker", completions)
     with Session() as session:
         execute(run, config, StageId("score", 0), score.run, session)
-    rows = read_table(run.folder(StageId("score", 0)), "scores", scores_schema(REWARDS)).to_pylist()
+    rows = read_table(run.folder(StageId("score", 0)), "scores", tables.scores(registry.get("game2048"))).to_pylist()
     for row, same in zip(rows, expected, strict=False):
         if row["outcome"] == "ok":
             assert row == same | {name: row[name] for name in checks.COLUMNS}

@@ -150,14 +150,11 @@ def test_an_unknown_task_is_refused_with_the_nearest_name():
     assert "game2048" in caught.value.hint
 
 
-def test_matmul_has_a_prompt_but_training_on_it_is_refused_and_no_reward_is_made_up():
-    task = registry.get("matmul")
-    assert task.prompts(1, 0, 0)[0].messages[0]["content"] == PROMPT_MATMUL
-    assert task.extract("```python\ndef matmul(A, B):\n    return A\n```") == "def matmul(A, B):\n    return A\n"
-    for refused in (lambda: registry.check("matmul"), lambda: task.score(None), task.validate, task.harness_source):
-        with pytest.raises(UserError, match="matmul"):
-            refused()
+def test_options_are_checked_by_the_task_they_belong_to():
     registry.check("game2048", {"size": 5})
+    registry.check("matmul", {"trials": 3})
+    with pytest.raises(UserError, match=r"task\.size of matmul"):
+        registry.check("matmul", {"size": 5})
 
 
 def test_tasks_load_without_torch():

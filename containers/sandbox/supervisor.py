@@ -10,6 +10,7 @@ than which of the failing outcomes a failure is. The outcome ok is given here, w
 case has left nothing behind.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,6 +21,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -125,6 +127,8 @@ class Case:
     def ask(self, payload: bytes) -> bytes:
         """Sends one question and returns the answer; raises CaseEnded when there will be none."""
         return self.exchange(payload, b"M")
+
+    __call__ = ask  # a judge is given the case: ask(question), and ask.cpu_used() where it measures speed
 
     def exchange(self, payload: bytes, kind: bytes) -> bytes:
         if self.ended:
@@ -286,9 +290,24 @@ def probe(harness: Any, given: list[Any], case: Case) -> tuple[dict[str, Any], b
     """
     case.cpu_s = min(case.cpu_s, (1 + PROBE_SHARE) * case.cpu_used() + PROBE_CPU_S)
     try:
-        return harness.probe(given, case.ask), False
+        return harness.probe(given, case), False
     except CaseEnded as ended:
         return {}, ended.outcome != "cheat"
+
+
+@contextlib.contextmanager
+def on_one_cpu(nursery: Nursery) -> Iterator[None]:
+    """Keeps the supervisor, and the cases forked meanwhile, on the CPU that it is on: two CPUs are not equally fast."""
+    with open("/proc/self/stat", "rb") as file:
+        cpu = int(file.read().rpartition(b")")[2].split()[36])  # field 39 of proc(5)
+    before = os.sched_getaffinity(0)
+    try:
+        for pid in (0, nursery.pid):
+            os.sched_setaffinity(pid, {cpu})
+        yield
+    finally:
+        for pid in (0, nursery.pid):
+            os.sched_setaffinity(pid, before)
 
 
 def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
@@ -306,7 +325,7 @@ def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) 
     try:
         start = {name: job[name] for name in ("program", "entry", "harness", "guarded")}
         notes = printable(case.exchange(json.dumps(start).encode(), b"R")[:MAX_NOTES].decode("ascii", "replace"))
-        for row in harness.judge(job["cases"], case.ask):
+        for row in harness.judge(job["cases"], case):
             rows.append(row)
         if hasattr(harness, "probe") and not case.ended:
             checks, spared = probe(harness, job["cases"], case)
@@ -375,7 +394,11 @@ def main() -> None:
     nursery.teach(hello["harnesses"])
     write_reply(hello["nonce"], {"protocol": PROTOCOL_VERSION, "python": sys.version.split()[0]})
     while (message := read_message()) is not None:
-        write_reply(message["nonce"], judge_job(nursery, harnesses, message["job"]))
+        job = message["job"]
+        measures_speed = getattr(harnesses[job["harness"]], "MEASURES_SPEED", False)
+        with on_one_cpu(nursery) if measures_speed else contextlib.nullcontext():
+            reply = judge_job(nursery, harnesses, job)
+        write_reply(message["nonce"], reply)
 
 
 if __name__ == "__main__" and "--warm" not in sys.argv:  # --warm: the image's build has the modules compiled

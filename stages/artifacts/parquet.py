@@ -27,19 +27,6 @@ def table_schema(table: str, columns: Sequence[pa.Field]) -> pa.Schema:
     return pa.schema(columns, metadata={"flexsink.table": table, "flexsink.schema_version": str(SCHEMA_VERSION)})
 
 
-# One game of one program. state: won | stuck | illegal | move_limit | timeout, or how its process ended; letters: its
-# moves in order, one of W A S D each
-GAME = pa.struct(
-    [
-        pa.field("seed", pa.int64()),
-        pa.field("moves", pa.int32()),
-        pa.field("max_tile", pa.int32()),
-        pa.field("score", pa.int64()),
-        pa.field("state", pa.string()),
-        pa.field("letters", pa.string()),
-    ]
-)
-
 ROLLOUTS = table_schema(
     "rollouts",
     [
@@ -61,7 +48,8 @@ ROLLOUTS = table_schema(
     ],
 )
 
-# `reward` is the sum of the reward_<function> columns that `scores_schema` adds.
+# SCORES, EVALUATIONS and SUMMARY are what every task has; the functions below add the columns that a task brings.
+# `reward` is the sum of the reward_<function> columns.
 SCORES = table_schema(
     "scores",
     [
@@ -69,7 +57,6 @@ SCORES = table_schema(
         column("outcome", pa.string()),
         column("reward", pa.float64()),
         column("program", pa.string(), null=True),
-        column("games", pa.list_(GAME), null=True),
         column("detail", pa.string(), null=True),
         # stages/tasks/checks.py; null is unknown
         column("depends_on_board", pa.bool_(), null=True),
@@ -126,9 +113,6 @@ EVALUATIONS = table_schema(
         column("program", pa.string(), null=True),
         column("outcome", pa.string()),
         column("syntax_tree", pa.string(), "sha256 of the tree without positions", null=True),
-        column("mean_score", pa.float64(), "2048 points per game"),
-        column("win_rate", pa.float64(), "share of games"),
-        column("games", pa.list_(GAME), null=True),
     ],
 )
 
@@ -139,14 +123,6 @@ SUMMARY = table_schema(
         column("name", pa.string()),
         column("programs", pa.int32()),
         column("distinct_programs", pa.int32()),
-        column("games", pa.int32()),
-        column("mean_score", pa.float64(), "2048 points per game"),
-        column("mean_score_low", pa.float64(), "95 % bootstrap over programs"),
-        column("mean_score_high", pa.float64(), "95 % bootstrap over programs"),
-        column("win_rate", pa.float64(), "share of games"),
-        column("win_rate_low", pa.float64(), "95 % bootstrap over programs"),
-        column("win_rate_high", pa.float64(), "95 % bootstrap over programs"),
-        column("tiles", pa.list_(pa.struct([pa.field("tile", pa.int32()), pa.field("games", pa.int32())])), null=True),
     ],
 )
 
@@ -162,12 +138,49 @@ TIMINGS = table_schema(
 )
 
 
-def scores_schema(reward_names: Sequence[str]) -> pa.Schema:
-    """SCORES with one column per reward function, after `reward`: scores_schema(["works", "strategy"])."""
+def scores_schema(
+    reward_names: Sequence[str], *, cases: str = "", case_columns: Mapping[str, str] | None = None
+) -> pa.Schema:
+    """SCORES with one column per reward function, after `reward`, and the column `cases`, before `detail`.
+
+    case_columns: the fields of a case and their Arrow types, by name.
+    Example: scores_schema(["works", "strategy"], cases="games", case_columns={"seed": "int64", "state": "string"})
+    """
     names = [name if name.startswith("reward_") else f"reward_{name}" for name in reward_names]
-    place = SCORES.get_field_index("reward") + 1
+    place, end = SCORES.get_field_index("reward") + 1, SCORES.get_field_index("detail")
     fields = list(SCORES)
-    return table_schema("scores", [*fields[:place], *(column(name, pa.float64()) for name in names), *fields[place:]])
+    rewards = [column(name, pa.float64()) for name in names]
+    judged = [cases_column(cases, case_columns or {})] if cases else []
+    return table_schema("scores", [*fields[:place], *rewards, *fields[place:end], *judged, *fields[end:]])
+
+
+def evaluations_schema(figures: Sequence[tuple[str, str]], *, cases: str, case_columns: Mapping[str, str]) -> pa.Schema:
+    """EVALUATIONS with a column for each figure, given as (name, unit), and the cases a program was judged on."""
+    added = [column(name, pa.float64(), unit) for name, unit in figures]
+    return table_schema("evaluations", [*EVALUATIONS, *added, cases_column(cases, case_columns)])
+
+
+def summary_schema(
+    figures: Sequence[tuple[str, str]], *, cases: str, tally: tuple[str, str] | None = None
+) -> pa.Schema:
+    """SUMMARY with the number of cases, each figure with its interval, and the histogram (column, what is counted).
+
+    Example: summary_schema([("win_rate", "share of games")], cases="games", tally=("tiles", "tile"))
+    """
+    added = [column(cases, pa.int32())]
+    for name, unit in figures:
+        ends = [column(f"{name}_{end}", pa.float64(), "95 % bootstrap over programs") for end in ("low", "high")]
+        added += [column(name, pa.float64(), unit), *ends]
+    if tally is not None:
+        entry = pa.struct([pa.field(tally[1], pa.int32()), pa.field(cases, pa.int32())])
+        added.append(column(tally[0], pa.list_(entry), null=True))
+    return table_schema("summary", [*SUMMARY, *added])
+
+
+def cases_column(name: str, columns: Mapping[str, str]) -> pa.Field:
+    """A nullable column of lists of cases."""
+    fields = [pa.field(each, pa.type_for_alias(kind)) for each, kind in columns.items()]
+    return column(name, pa.list_(pa.struct(fields)), null=True)
 
 
 def write_parts(

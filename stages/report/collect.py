@@ -10,10 +10,11 @@ from stages.artifacts.history import PlayedGame
 from stages.artifacts.parquet import EVALUATIONS, read_table
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
-from stages.config import RunConfig
-from stages.report.contents import Contents, Cost, Export, Game, Player, Program
+from stages.report.contents import Contents, Cost, Export, Game, Player, Program, Share, Words
 from stages.report.replay import ReplayError, replay
-from stages.tasks.game2048.task import Options
+from stages.tasks import registry
+from stages.tasks.base import Figure, Task
+from stages.tasks.game2048.task import Game2048
 
 SHOWN = 3  # programs in each column of the gallery
 LOOKED_AT = 24  # completions with the highest rewards whose texts are read to find SHOWN different programs
@@ -23,21 +24,30 @@ def collect(path: Path) -> Contents:
     """Everything the page shows; a run that is still going gives what it has. UserError when `path` holds no run."""
     run = RunDir.open(path)
     config = run.config()
+    task = registry.of(config)
     tables = {i: history.completions(run, i, history.FIGURES) for i in history.scored(run)}
     summaries = history.evaluated(run)
-    best, worst = _programs(run, list(tables.values()))
+    best, worst = _programs(run, list(tables.values()), task)
     return Contents(
         name=path.resolve().name,
-        task=_task(config),
+        task=task.title,
+        words=Words(
+            cases=task.cases,
+            player=task.player,
+            meet=task.meet,
+            met=task.met,
+            score=task.figures[0].title,
+            shares=[(each.title, each.short or each.title) for each in _shares(task)],
+        ),
         model=config.model.source,
         preset=f"preset {config.preset}",
         planned_iterations=config.train.iterations,
         iterations=[history.summed_up(run, i, table=table) for i, table in tables.items()],
-        policies=[_player(row, updates) for updates, rows in summaries.items() for row in _of(rows, "policy")],
-        baselines=[_player(row, None) for row in _of(summaries[max(summaries)], "baseline")] if summaries else [],
+        policies=[_player(row, updates, task) for updates, rows in summaries.items() for row in _of(rows, "policy")],
+        baselines=[_player(row, None, task) for row in _of(summaries[max(summaries)], "baseline")] if summaries else [],
         best=best,
         worst=worst,
-        games=_games(run, config, sorted(summaries)) if config.task.name == "game2048" else [],
+        games=_games(run, task, sorted(summaries)) if isinstance(task, Game2048) else [],
         costs=_costs(run),
         exports=_exports(run),
         config=config.to_dict(),
@@ -45,40 +55,32 @@ def collect(path: Path) -> Contents:
     )
 
 
-def _task(config: RunConfig) -> str:
-    if config.task.name != "game2048":
-        return config.task.name
-    options = _options(config)
-    return f"2048 on a {options.size}x{options.size} board, up to {options.target}"
-
-
-def _options(config: RunConfig) -> Options:
-    return Options(**{name: int(value) for name, value in config.task.options})
+def _shares(task: Task) -> list[Figure]:
+    return [figure for figure in task.figures[1:] if figure.share]
 
 
 def _of(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
-def _player(row: dict[str, Any], updates: int | None) -> Player:
+def _player(row: dict[str, Any], updates: int | None, task: Task) -> Player:
     label = row["name"].replace("_", " ") if updates is None else f"after {updates} updates" if updates else "untrained"
+    first, tally = task.figures[0].name, task.tally
     return Player(
         label=label,
         updates=updates,
         programs=row["programs"],
         distinct_programs=row["distinct_programs"],
-        games=row["games"],
-        score=row["mean_score"],
-        score_low=row["mean_score_low"],
-        score_high=row["mean_score_high"],
-        win_rate=row["win_rate"],
-        win_rate_low=row["win_rate_low"],
-        win_rate_high=row["win_rate_high"],
-        tiles={entry["tile"]: entry["games"] for entry in row["tiles"] or []},
+        cases=row[task.cases],
+        score=row[first],
+        score_low=row[f"{first}_low"],
+        score_high=row[f"{first}_high"],
+        shares=[Share(*(row[each.name + end] for end in ("", "_low", "_high"))) for each in _shares(task)],
+        tiles={entry[tally.value]: entry[task.cases] for entry in row[tally.name] or []} if tally else {},
     )
 
 
-def _programs(run: RunDir, tables: list[Any]) -> tuple[list[Program], list[Program]]:
+def _programs(run: RunDir, tables: list[Any], task: Task) -> tuple[list[Program], list[Program]]:
     """The best different programs of the run, and the worst completion of each outcome, lowest reward first."""
     high: list[tuple[float, str]] = []
     low: dict[str, tuple[float, str]] = {}
@@ -91,13 +93,14 @@ def _programs(run: RunDir, tables: list[Any]) -> tuple[list[Program], list[Progr
     rows = history.texts(run, {name for _, name in [*high, *low.values()]})
     best: dict[str | None, Program] = {}
     for _, name in sorted(high, reverse=True):
-        best.setdefault(rows[name]["program"], _program(rows[name]))
+        best.setdefault(rows[name]["program"], _program(rows[name], task))
     shown = list(best.values())[:SHOWN]
     known = {program.completion_id for program in shown}
-    return shown, [_program(rows[name]) for _, name in sorted(low.values()) if name not in known][:SHOWN]
+    return shown, [_program(rows[name], task) for _, name in sorted(low.values()) if name not in known][:SHOWN]
 
 
-def _program(row: dict[str, Any]) -> Program:
+def _program(row: dict[str, Any], task: Task) -> Program:
+    cases = row.get(task.cases)
     return Program(
         completion_id=row["completion_id"],
         reward=row["reward"],
@@ -105,11 +108,11 @@ def _program(row: dict[str, Any]) -> Program:
         outcome=row["outcome"],
         detail=row["detail"] or "",
         source=row["program"],
-        games=history.games(row),
+        results=task.describe(cases) if cases else "",
     )
 
 
-def _games(run: RunDir, config: RunConfig, evaluations: list[int]) -> list[Game]:
+def _games(run: RunDir, task: Game2048, evaluations: list[int]) -> list[Game]:
     """The games to replay: the best and the median of the trained model, the best of the untrained."""
     shown = []
     for updates in dict.fromkeys(reversed([*evaluations[:1], *evaluations[-1:]])):
@@ -126,13 +129,12 @@ def _games(run: RunDir, config: RunConfig, evaluations: list[int]) -> list[Game]
             shown.append((f"{who}: its best held-out game", *played[-1]))
         if played and updates:
             shown.append((f"{who}: a median held-out game", *played[len(played) // 2]))
-    return [game for title, record, row in shown if (game := _game(title, record, row, config))]
+    return [game for title, record, row in shown if (game := _game(title, record, row, task))]
 
 
-def _game(title: str, record: PlayedGame, row: dict[str, Any], config: RunConfig) -> Game | None:
-    options = _options(config)
+def _game(title: str, record: PlayedGame, row: dict[str, Any], task: Game2048) -> Game | None:
     try:
-        recorded = replay(record, size=options.size, target=options.target)
+        recorded = replay(record, size=task.options.size, target=task.options.target)
     except ReplayError:
         return None  # played under rules that have changed since: the page leaves it out rather than show another game
     return Game(title=title, completion_id=row["completion_id"] or "", replay=recorded, program=row["program"] or "")

@@ -3,8 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.artifacts.history import Iteration, PlayedGame
+from stages.artifacts.history import Iteration
 from stages.report.replay import Replay
+
+
+@dataclass(frozen=True)
+class Share:
+    """A second figure of a player, a share with its 95 % interval: games won, programs right."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -12,27 +21,41 @@ class Player:
     """One row of an evaluation's summary: the policy after some updates, or a baseline.
 
     updates: how many updates the policy has had; None for a baseline
-    tiles: largest tile -> number of games that ended with it
-    Example: Player(label="greedy", updates=None, programs=1, distinct_programs=1, games=64, score=2900.0, ...)
+    cases: on how many it was judged; score: the task's first figure; shares: its others
+    tiles: largest tile -> number of games that ended with it, where the task has such a histogram
+    Example: Player(label="greedy", updates=None, programs=1, distinct_programs=1, cases=64, score=2900.0, ...)
     """
 
     label: str
     updates: int | None
     programs: int
     distinct_programs: int
-    games: int
+    cases: int
     score: float
     score_low: float
     score_high: float
-    win_rate: float
-    win_rate_low: float
-    win_rate_high: float
+    shares: list[Share]
     tiles: dict[int, int]
 
 
 @dataclass(frozen=True)
+class Words:
+    """What the task calls things (stages/tasks/base.py); shares: title, and short title, of each of a player's shares.
+
+    Example: Words("games", "player", "play", "played", score="mean score", shares=[("games won", "won")])
+    """
+
+    cases: str
+    player: str
+    meet: str
+    met: str
+    score: str
+    shares: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Program:
-    """One judged completion with its program, for the gallery of best and worst."""
+    """One judged completion with its program, for the gallery of best and worst; results: its cases in one line."""
 
     completion_id: str
     reward: float
@@ -40,7 +63,7 @@ class Program:
     outcome: str
     detail: str
     source: str | None
-    games: list[PlayedGame]
+    results: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,7 @@ class Contents:
 
     name: str
     task: str
+    words: Words
     model: str
     preset: str
     planned_iterations: int

@@ -55,3 +55,8 @@ def size(count: int) -> str:
 def words(name: str) -> str:
     """A name from a table as words: syntax error for syntax_error."""
     return name.replace("_", " ")
+
+
+def capital(text: str) -> str:
+    """The text with its first letter as a capital."""
+    return text[:1].upper() + text[1:]

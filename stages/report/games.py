@@ -8,7 +8,7 @@ from html import escape
 
 from stages.report.charts import Curve, Interval, interval_chart, line_chart, tile_bars
 from stages.report.contents import Contents, Game, Player, Program
-from stages.report.figures import fixed, number, percent, percents, words
+from stages.report.figures import capital, fixed, number, percent, percents, words
 from stages.report.highlight import python_to_html
 from stages.report.layout import card, in_halves, section, table
 from stages.report.verdict import interval
@@ -22,15 +22,17 @@ def held_out(contents: Contents) -> str:
     players = sorted([*shown, *contents.baselines], key=lambda player: -player.score)
     if not players:
         return ""
+    words = contents.words
     rows = [Interval(p.label, p.score, p.score_low, p.score_high, _tone(contents, p)) for p in players]
     scores = card(
-        in_halves(lambda width: interval_chart(rows, width=width, label=_spoken(players))),
-        title="Mean score",
-        note="Bars are 95&nbsp;% intervals: over programs, for a baseline over games.",
+        in_halves(lambda width: interval_chart(rows, width=width, label=_spoken(contents, players))),
+        title=capital(words.score),
+        note=f"Bars are 95&nbsp;% intervals: over programs, for a baseline over {words.cases}.",
     )
     return section(
-        "On games it never saw",
-        "Programs sampled from the model play seeds that training never uses; the baselines play the same games.",
+        f"On {words.cases} it never saw",
+        f"Programs sampled from the model {words.meet} seeds that training never uses; "
+        f"the baselines {words.meet} the same {words.cases}.",
         f'<div class="pair"><div class="stack">{scores}{_progress(contents)}</div>'
         f"{_histograms(contents, players)}</div>"
         f"{_evaluations(contents)}",
@@ -75,8 +77,10 @@ def _tone(contents: Contents, player: Player) -> str:
     return "after" if player is contents.after else "before" if player is contents.before else "other"
 
 
-def _spoken(players: Iterable[Player]) -> str:
-    return "Mean score: " + ", ".join(f"{p.label} {number(p.score)} ({interval(p)})" for p in players)
+def _spoken(contents: Contents, players: Iterable[Player]) -> str:
+    return f"{capital(contents.words.score)}: " + ", ".join(
+        f"{p.label} {number(p.score)} ({interval(p)})" for p in players
+    )
 
 
 def _progress(contents: Contents) -> str:
@@ -92,11 +96,12 @@ def _progress(contents: Contents) -> str:
         [mark.score_high if mark else None for mark in marks],
         axis="Update",
     )
-    label = "Held-out mean score over updates"
+    score, cases = contents.words.score, contents.words.cases
+    label = f"Held-out {score} over updates"
     return card(
         in_halves(lambda w: line_chart(curve, width=w, height=250, label=label, from_zero=True, joined=True)),
-        title="Mean score over updates",
-        note="The same held-out games after more and more updates, with 95&nbsp;% intervals.",
+        title=f"{capital(score)} over updates",
+        note=f"The same held-out {cases} after more and more updates, with 95&nbsp;% intervals.",
     )
 
 
@@ -110,21 +115,27 @@ def _histograms(contents: Contents, players: list[Player]) -> str:
     for player, share in zip(players, shares, strict=True):
         label = f"{player.label}: " + ", ".join(f"{tile} in {100 * share.get(tile, 0):.0f} %" for tile in tiles)
         chart = tile_bars(share, tiles, width=340, peak=peak, tone=_tone(contents, player), label=label)
-        head = f"<div><b>{escape(player.label)}</b><span>{player.games} games</span></div>"
+        head = f"<div><b>{escape(player.label)}</b><span>{player.cases} games</span></div>"
         rows.append(f'<div class="hist">{head}{chart}</div>')
     return card("".join(rows), title="Largest tile of a game", note="Share of games that ended with it.")
 
 
 def _evaluations(contents: Contents) -> str:
+    words, tiles = contents.words, any(player.tiles for player in contents.policies)
     rows = [
         f"<tr{' class=mine' if player is contents.after else ''}><th scope=row>{escape(player.label)}</th>"
-        f"<td>{number(player.score)} <small>{interval(player)}</small></td><td>{percent(player.win_rate)} "
-        f"<small>{percents(player.win_rate_low, player.win_rate_high)}</small></td>"
-        f"<td>{max(player.tiles, default=0) or ''}</td>"
-        f"<td>{player.programs} <small>{player.distinct_programs} distinct</small></td><td>{player.games}</td></tr>"
+        f"<td>{number(player.score)} <small>{interval(player)}</small></td>"
+        + "".join(
+            f"<td>{percent(share.value)} <small>{percents(share.low, share.high)}</small></td>"
+            for share in player.shares
+        )
+        + (f"<td>{max(player.tiles, default=0) or ''}</td>" if tiles else "")
+        + f"<td>{player.programs} <small>{player.distinct_programs} distinct</small></td><td>{player.cases}</td></tr>"
         for player in [*contents.policies, *contents.baselines]
     ]
-    return card(table(["Player", "Mean score", "Won", "Largest tile", "Programs", "Games"], rows), more="more")
+    heads = [capital(words.player), capital(words.score), *(capital(short) for _, short in words.shares)]
+    heads += [*(["Largest tile"] if tiles else []), "Programs", capital(words.cases)]
+    return card(table(heads, rows), more="more")
 
 
 def _choice(index: int, game: Game) -> str:
@@ -142,13 +153,7 @@ def _program(program: Program) -> str:
         source = f'<pre tabindex="0" aria-label="Program">{python_to_html(program.source)}</pre>'
     else:
         source = '<p class="detail">No program was found in the completion.</p>'
-    played = ""
-    if program.games:
-        best = max(program.games, key=lambda game: game.score)
-        played = (
-            f'<p class="results">{len(program.games)} games, best: score {number(best.score)}, largest tile '
-            f"{best.max_tile}, {escape(words(best.state))} after {number(best.moves)} moves</p>"
-        )
+    played = f'<p class="results">{escape(program.results)}</p>' if program.results else ""
     detail = f'<p class="detail">{escape(program.detail)}</p>' if program.detail else ""
     outcome = escape(program.outcome)
     return (

@@ -10,7 +10,7 @@ from html import escape
 from stages.artifacts.history import Iteration
 from stages.report.charts import Curve, line_chart, stacked_bars
 from stages.report.contents import Contents, Cost
-from stages.report.figures import duration, fixed, number, percent, percents, size, words
+from stages.report.figures import capital, duration, fixed, number, percent, percents, size, words
 from stages.report.layout import card, in_widths, section, table
 from stages.report.verdict import interval, reward_ends, standing, verdict
 
@@ -139,10 +139,12 @@ def exports(contents: Contents) -> str:
         )
     if not rows:
         return ""
+    named = contents.words
     return section(
         "Exported",
-        "Each was loaded again by transformers and played the held-out games; KL is to the trained policy, per token.",
-        card(table(["Format", "Weights", "KL", "Mean score", "Gain kept"], rows)),
+        f"Each was loaded again by transformers and {named.met} the held-out {named.cases}; "
+        "KL is to the trained policy, per token.",
+        card(table(["Format", "Weights", "KL", capital(named.score), "Gain kept"], rows)),
     )
 
 
@@ -158,7 +160,7 @@ def settings(contents: Contents) -> str:
 
 def _tiles(contents: Contents) -> str:
     tiles = []
-    before, after = contents.before, contents.after
+    before, after, named = contents.before, contents.after, contents.words
     if ends := reward_ends(contents.iterations):
         first, last, averaged = ends
         note = f"mean of the first and the last {averaged} iterations" if averaged > 1 else "first and last iteration"
@@ -167,14 +169,14 @@ def _tiles(contents: Contents) -> str:
         tiles.append(_tile("Reward", "", fixed(contents.iterations[0].reward), "first iteration"))
     if before and after:
         score = f"95&nbsp;% intervals {interval(before)} and {interval(after)}"
-        tiles.append(_tile("Mean score, held out", number(before.score), number(after.score), score))
-        won = " and ".join(percents(player.win_rate_low, player.win_rate_high) for player in (before, after))
-        tiles.append(
-            _tile("Games won", percent(before.win_rate), percent(after.win_rate), f"95&nbsp;% intervals {won}")
-        )
+        tiles.append(_tile(f"{capital(named.score)}, held out", number(before.score), number(after.score), score))
+        for (title, _), start, end in zip(named.shares, before.shares, after.shares, strict=True):
+            ranges = " and ".join(percents(share.low, share.high) for share in (start, end))
+            note = f"95&nbsp;% intervals {ranges}"
+            tiles.append(_tile(capital(title), percent(start.value), percent(end.value), note))
     elif before:
         score = f"95&nbsp;% interval {interval(before)}"
-        tiles.append(_tile("Mean score, untrained", "", number(before.score), score))
+        tiles.append(_tile(f"{capital(named.score)}, untrained", "", number(before.score), score))
     judged = after or before
     if judged and contents.baselines:
         items = "".join(

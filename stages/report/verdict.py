@@ -5,7 +5,7 @@ from typing import Literal
 
 from stages.artifacts.history import Iteration
 from stages.report.contents import Contents, Player
-from stages.report.figures import fixed, number
+from stages.report.figures import capital, fixed, number
 
 Standing = Literal["above", "level with", "below"]
 AVERAGED = 3  # iterations averaged at either end: one iteration's mean reward is a noisy start and a noisy end
@@ -31,13 +31,16 @@ def verdict(contents: Contents) -> Verdict:
         span = f"of the first {averaged} iterations" if averaged > 1 else "of the first iteration"
         sentences.append(f"The mean reward {span} was {fixed(first)}, of the last {fixed(last)}.")
     if before and after:
-        headline, key, tone = _compare(before, after)
+        words = contents.words
+        headline, key, tone = _compare(before, after, words.cases)
         sentences.insert(
             0,
             (
-                f"Mean score {number(before.score)} before, {number(after.score)} after {after.updates} updates "
+                f"{capital(words.score)} {number(before.score)} before, "
+                f"{number(after.score)} after {after.updates} updates "
                 f"(95 % intervals {interval(before)} and {interval(after)}), "
-                f"on {after.programs} programs with {round(after.games / max(after.programs, 1))} held-out games each."
+                f"on {after.programs} programs with {round(after.cases / max(after.programs, 1))} held-out "
+                f"{words.cases} each."
             ),
         )
         if contents.baselines:
@@ -68,20 +71,20 @@ def standing(player: Player, other: Player) -> Standing:
 
 
 def interval(player: Player) -> str:
-    """The 95 % interval of the mean score, as text."""
+    """The 95 % interval of the score, as text."""
     return f"{number(player.score_low)}\u2013{number(player.score_high)}"
 
 
-def _compare(before: Player, after: Player) -> tuple[str, str, str]:
+def _compare(before: Player, after: Player, cases: str) -> tuple[str, str, str]:
     place = standing(after, before)
     if place == "level with":
-        return "No clear change on games it never saw: the intervals overlap.", "No clear change", "unclear"
+        return f"No clear change on {cases} it never saw: the intervals overlap.", "No clear change", "unclear"
     if place == "below":
-        return "It got worse on games it never saw.", "worse", "bad"
+        return f"It got worse on {cases} it never saw.", "worse", "bad"
     if before.score > 0 and after.score >= 1.05 * before.score:
         times = f"{after.score / before.score:.1f} times"
-        return f"It scores {times} as much on games it never saw.", times, "good"
-    return "It scores more on games it never saw.", "more", "good"
+        return f"It scores {times} as much on {cases} it never saw.", times, "good"
+    return f"It scores more on {cases} it never saw.", "more", "good"
 
 
 def _against(after: Player, baselines: list[Player]) -> str:

@@ -13,6 +13,7 @@ from stages.artifacts.parquet import EVALUATIONS, SAMPLES, read_table
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
 from stages.config import UserError, unknown
+from stages.tasks import registry
 
 OUTCOMES = ("ok", "no_program", "syntax_error", "foreign_import", "cheat", "timeout", "memory", "crash", "output_limit")
 FIGURES = ["prompt_id", "group_index", "reward", "outcome"]
@@ -28,7 +29,9 @@ def show(args: Namespace) -> int:
         raise unknown(f"outcome {args.outcome!r}", args.outcome, OUTCOMES, prefix="--outcome ")
     if args.completion is not None:
         found = completion(run, args.completion)
-        print(as_json(found)) if args.json else tables.print_completion(found, whole=True)
+        print(as_json(found)) if args.json else tables.print_completion(
+            found, task=registry.of(run.config()), whole=True
+        )
         return 0
     answer = overview(run) if _asks_for_all(args) else {}
     if args.iteration is not None:
@@ -79,7 +82,8 @@ def chosen(run: RunDir, args: Namespace) -> Iterator[dict[str, Any]]:
     rows.sort(key=lambda row: (sign * row["reward"], row["completion_id"]))
     names = [row["completion_id"] for row in rows[: DEFAULT_TOP if args.top is None else args.top]]
     texts = history.texts(run, names)
-    return (_told(texts[name]) for name in names)
+    cases = registry.of(run.config()).cases
+    return (_told(texts[name], cases) for name in names)
 
 
 def completion(run: RunDir, completion_id: str) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def completion(run: RunDir, completion_id: str) -> dict[str, Any]:
             f"iteration {index} has no completion {completion_id}",
             f"see which there are with: flexsink inspect {run.path} --iteration {index}",
         )
-    return _told({**rows[completion_id], **_trained_on(run, index, completion_id)})
+    return _told({**rows[completion_id], **_trained_on(run, index, completion_id)}, registry.of(run.config()).cases)
 
 
 def as_json(answer: dict[str, Any]) -> str:
@@ -131,13 +135,13 @@ def _group(index: int, members: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _told(row: dict[str, Any]) -> dict[str, Any]:
+def _told(row: dict[str, Any], cases: str) -> dict[str, Any]:
     """A row without its lists of tokens, which get a summary instead."""
     logprobs = row.get("engine_logprobs") or []
     told = {
         name: value for name, value in row.items() if name not in ("prompt_ids", "completion_ids", "engine_logprobs")
     }
-    told["games"] = row.get("games") or []
+    told[cases] = row.get(cases) or []
     if logprobs:
         told["logprobs"] = {
             "tokens": len(logprobs),
@@ -169,4 +173,4 @@ def _evaluated(run: RunDir, completion_id: str, updates: int) -> dict[str, Any]:
     if row is None:
         last = max((row["completion_id"] or "" for row in rows), default="")
         raise UserError(f"there is no completion {completion_id}", f"the last of that evaluation is {last}")
-    return _told(row)
+    return _told(row, registry.of(run.config()).cases)

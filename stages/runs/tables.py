@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.artifacts.run import RunDir
+from stages.tasks import registry
+from stages.tasks.base import Figure, Task
 
 WIDE = 130  # columns where the output is no terminal
 LONGEST = 60  # lines of a program shown in a list; --completion shows all
@@ -29,6 +31,7 @@ def console() -> Console:
 def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
     """The overview, or one iteration, or the completions that were asked for."""
     out = console()
+    task = registry.of(run.config())
     if "iterations" in answer:
         config = run.config()
         done = f"{len(answer['iterations'])} of {config.train.iterations} iterations scored"
@@ -36,7 +39,7 @@ def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
         if answer["iterations"]:
             out.print(iterations(answer["iterations"], width=out.width))
         if answer["evaluations"]:
-            out.print(evaluations(answer["evaluations"]))
+            out.print(evaluations(answer["evaluations"], task))
         if not answer["iterations"] and not answer["evaluations"]:
             out.print(f"Nothing has been scored yet; go on with: flexsink resume {run.path}")
     if "iteration" in answer:
@@ -44,14 +47,14 @@ def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
         out.print(groups(answer["groups"]))
     if "completions" in answer:
         for row in answer["completions"]:
-            print_completion(row, whole=False, out=out)
+            print_completion(row, task=task, whole=False, out=out)
         if not answer["completions"]:
             out.print("No completion matches.")
 
 
-def print_completion(row: dict[str, Any], *, whole: bool, out: Console | None = None) -> None:
-    """One completion: its verdict, program and games; the prompt and the raw text too when `whole`."""
-    parts: list[RenderableType] = [facts(row, whole=whole)]
+def print_completion(row: dict[str, Any], *, task: Task, whole: bool, out: Console | None = None) -> None:
+    """One completion: its verdict, program and cases; the prompt and the raw text too when `whole`."""
+    parts: list[RenderableType] = [facts(row, task=task, whole=whole)]
     if whole:
         if row.get("prompt"):
             parts += [Rule("prompt", style="dim"), Text(printable(row["prompt"]))]
@@ -59,8 +62,8 @@ def print_completion(row: dict[str, Any], *, whole: bool, out: Console | None = 
             parts += [Rule("completion", style="dim"), Text(printable(row["completion"]))]
     if row.get("program"):
         parts += [Rule("program", style="dim"), program(row["program"], whole=whole)]
-    if row["games"]:
-        parts += [Rule("games", style="dim"), games(row["games"])]
+    if row[task.cases]:
+        parts += [Rule(task.cases, style="dim"), cases(row[task.cases], task)]
     title = Text.assemble((row.get("completion_id") or row.get("name", ""), "bold"))
     (out or console()).print(Panel(Group(*parts), title=title, title_align="left", border_style="dim"))
 
@@ -104,27 +107,37 @@ def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
     return table
 
 
-def evaluations(rows: Iterable[dict[str, Any]]) -> Table:
+def evaluations(rows: Iterable[dict[str, Any]], task: Task) -> Table:
     """One line per policy or baseline of every evaluation; baselines once, as they are the same each time."""
-    table = Table(box=None, header_style="dim", pad_edge=False, title="\nheld-out games", title_justify="left")
-    for name in ("player", "mean score", "95 % interval", "won", "programs", "distinct", "games", "largest tile"):
-        table.add_column(name, justify="left" if name == "player" else "right", no_wrap=True)
+    table = Table(box=None, header_style="dim", pad_edge=False, title=f"\nheld-out {task.cases}", title_justify="left")
+    first, *others = task.figures
+    heads = [task.player, first.title, "95 % interval", *(each.short or each.title for each in others)]
+    heads += ["programs", "distinct", task.cases, *([task.tally.title] if task.tally else [])]
+    for name in heads:
+        table.add_column(name, justify="left" if name == task.player else "right", no_wrap=True)
     unique = {(row["kind"], row["name"], row["updates"] if row["kind"] == "policy" else None): row for row in rows}
     for (kind, name, updates), row in sorted(
         unique.items(), key=lambda item: (item[0][0] != "policy", item[0][2] or 0)
     ):
         label = name.replace("_", " ") if kind != "policy" else f"after {updates} updates" if updates else "untrained"
+        low, high = (shown(first, row[first.name + end]) for end in ("_low", "_high"))
+        largest = (
+            [max((entry[task.tally.value] for entry in row[task.tally.name] or []), default="")] if task.tally else []
+        )
         table.add_row(
             printable(label),
-            Text(f"{row['mean_score']:.0f}", style="bold"),
-            f"{row['mean_score_low']:.0f} to {row['mean_score_high']:.0f}",
-            f"{100 * row['win_rate']:.1f} %",
-            str(row["programs"]),
-            str(row["distinct_programs"]),
-            str(row["games"]),
-            str(max((entry["tile"] for entry in row["tiles"] or []), default="")),
+            Text(shown(first, row[first.name]), style="bold"),
+            f"{low} to {high}",
+            *(shown(each, row[each.name]) for each in others),
+            *(str(row[name]) for name in ("programs", "distinct_programs", task.cases)),
+            *map(str, largest),
         )
     return table
+
+
+def shown(figure: Figure, value: float, *, digits: int = 1) -> str:
+    """A figure's value as text, a share in per cent with so many digits."""
+    return f"{100 * value:.{digits}f} %" if figure.share else f"{value:.{figure.digits}f}"
 
 
 def groups(rows: Iterable[dict[str, Any]]) -> Table:
@@ -146,18 +159,26 @@ def groups(rows: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
-def games(rows: Iterable[dict[str, Any]]) -> Table:
-    """One line per game."""
+def cases(rows: Iterable[dict[str, Any]], task: Task) -> Table:
+    """One line per case, without what only a replay reads."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("seed", "moves", "max tile", "score", "state"):
-        table.add_column(name, justify="left" if name == "state" else "right")
-    for game in rows:
-        cells = [str(game[name]) for name in ("seed", "moves", "max_tile", "score")]
-        table.add_row(*cells, Text(game["state"].replace("_", " "), style="green" if game["state"] == "won" else ""))
+    names = [name for name in task.case_columns if name != task.recording]
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="left" if name == "state" else "right")
+    for case in rows:
+        good = "green" if case["state"] in task.good_states else ""
+        table.add_row(*(Text(cell(case[name]), style=good if name == "state" else "") for name in names))
     return table
 
 
-def facts(row: dict[str, Any], *, whole: bool) -> Text:
+def cell(value: Any) -> str:
+    """A case's value: nothing for None, three digits of a float, words for a state."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("_", " ")
+
+
+def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
     """The verdict and its evidence, and with `whole` what is known about the tokens."""
     text = Text()
     if "reward" in row:
@@ -167,10 +188,12 @@ def facts(row: dict[str, Any], *, whole: bool) -> Text:
             if name.startswith("reward_")
         )
         text.append(f"reward {row['reward']:.2f}", style="bold").append(f"  ({parts})  ")
-    elif "mean_score" in row:
-        text.append(f"mean score {row['mean_score']:.0f}", style="bold").append(
-            f"  won {100 * row['win_rate']:.0f} %  "
-        )
+    elif task.figures[0].name in row:
+        first, *others = task.figures
+        text.append(f"{first.title} {shown(first, row[first.name])}", style="bold")
+        for each in others:
+            text.append(f"  {each.short or each.title} {shown(each, row[each.name], digits=0)}")
+        text.append("  ")
     text.append(row["outcome"].replace("_", " "), style="green" if row["outcome"] == "ok" else "red")
     if row.get("detail"):
         text.append(f": {printable(row['detail'])}")

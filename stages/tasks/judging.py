@@ -119,12 +119,11 @@ def play_held_out(
     return judge(held_out(named, task=task, games=games), task=task, pool=pool, limits=limits)
 
 
-def mean_score(scores: Sequence[Score]) -> float:
-    """Returns the mean points of a program's games; 0 where it has none or cheated, whatever its games came to."""
+def figures(scores: Sequence[Score], *, task: Task) -> dict[str, float]:
+    """Returns the task's held-out figures of one program; as of no case where it cheated, whatever its cases say."""
     if any(score.outcome in CHEATS for score in scores):
-        return 0.0
-    points = [game["score"] for score in scores for game in score.games]
-    return sum(points) / len(points) if points else 0.0
+        return task.measure([])
+    return task.measure([case for score in scores for case in score.cases])
 
 
 def to_record(score: Score) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def to_record(score: Score) -> dict[str, Any]:
     return {
         "outcome": str(score.outcome),
         "rewards": dict(score.rewards),
-        "games": [dict(game) for game in score.games],
+        "cases": [dict(case) for case in score.cases],
         "detail": score.detail,
         "checks": dict(score.checks),
     }
@@ -141,5 +140,5 @@ def to_record(score: Score) -> dict[str, Any]:
 def from_record(record: Mapping[str, Any]) -> Score:
     """Returns the score that to_record() wrote."""
     return Score(
-        Outcome(record["outcome"]), record["rewards"], record["games"], record["detail"], record.get("checks", {})
+        Outcome(record["outcome"]), record["rewards"], record["cases"], record["detail"], record.get("checks", {})
     )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stages.config import UserError, unknown
+from stages.config import RunConfig, UserError, unknown
 from stages.tasks.base import Task
 from stages.tasks.game2048.task import Game2048
 from stages.tasks.game2048.task import Options as Game2048Options
@@ -35,6 +35,11 @@ def get(name: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) 
             raise UserError(f"task.{key} is {value!r}", f"it takes a value of type {expected.__name__}")
     chosen: Task = task(options_type(**values))
     return chosen
+
+
+def of(config: RunConfig) -> Task:
+    """Returns the task of a run's configuration."""
+    return get(config.task.name, config.task.option_values())
 
 
 def check(name: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:

@@ -20,12 +20,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.artifacts.seeds import derive
 from stages.config import UserError
 from stages.sandbox.protocol import Job, Limits, Outcome, Result
-from stages.tasks.base import Score, Task
+from stages.tasks.base import Figure, Score, Tally, Task
 from stages.tasks.game2048.baselines import BASELINES
 
 TEMPLATE = """\
@@ -65,9 +65,28 @@ class Game2048(Task):
     name = "game2048"
     entry = "strategy"
     reward_names = ("works", "no_cheating", "strategy")
+    cases, player = "games", "player"
+    meet, met = "play", "played"
+    # state: won | stuck | illegal | move_limit | timeout; letters: the moves in order, one of W A S D each
+    case_columns: ClassVar = {
+        "seed": "int64",
+        "moves": "int32",
+        "max_tile": "int32",
+        "score": "int64",
+        "state": "string",
+        "letters": "string",
+    }
+    recording = "letters"
+    good_states = ("won",)
+    figures = (
+        Figure("mean_score", "mean score", unit="2048 points per game", stream="score"),
+        Figure("win_rate", "games won", unit="share of games", share=True, short="won", counted="wins", stream="wins"),
+    )
+    tally = Tally("tiles", of="max_tile", value="tile", title="largest tile")
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
+        self.title = f"2048 on a {self.options.size}x{self.options.size} board, up to {self.options.target}"
 
     def prompt(self) -> str:
         return TEMPLATE.format(size=self.options.size, target=self.options.target)
@@ -117,6 +136,21 @@ class Game2048(Task):
             "strategy": sum(grades) / len(grades) if grades else 0.0,
         }
         return Score(result.outcome, rewards, list(result.cases), result.detail)
+
+    def measure(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Returns the mean points of the games and the share of them won, zeros without a game."""
+        if not cases:
+            return {"mean_score": 0.0, "win_rate": 0.0}
+        points, wins = (game["score"] for game in cases), (game["state"] == "won" for game in cases)
+        return {"mean_score": sum(points) / len(cases), "win_rate": sum(wins) / len(cases)}
+
+    def describe(self, cases: Sequence[Mapping[str, Any]]) -> str:
+        best = max(cases, key=lambda game: game["score"])
+        score, moves = (f"{best[name]:,}".replace(",", "\u202f") for name in ("score", "moves"))
+        return (
+            f"{len(cases)} games, best: score {score}, largest tile {best['max_tile']}, "
+            f"{best['state'].replace('_', ' ')} after {moves} moves"
+        )
 
     def baselines(self) -> Mapping[str, str]:
         return BASELINES
