@@ -10,7 +10,7 @@ def show_run(run: RunDir, config: RunConfig) -> None:
     """Prints the table for a run, then a warning for everything reused that other code or versions made."""
     decisions = survey(run, config, list(stages_of(config)))
     show([(stage, decision.action, decision.reason) for stage, decision in decisions])
-    for line in warnings(decisions):
+    for line in warnings(decisions, config.task.name):
         print(f"warning: {line}")
 
 
@@ -34,7 +34,7 @@ def show(rows: list[tuple[StageId, str, str]]) -> None:
     console.print(f"{to_run} to run, {len(rows) - to_run} to reuse")
 
 
-def warnings(decisions: list[tuple[StageId, Decision]]) -> list[str]:
+def warnings(decisions: list[tuple[StageId, Decision]], task: str) -> list[str]:
     """One line per difference between what made the reused stages and what is here now."""
     others: dict[str, list[StageId]] = {}
     for stage, decision in decisions:
@@ -43,8 +43,9 @@ def warnings(decisions: list[tuple[StageId, Decision]]) -> list[str]:
         recorded = decision.manifest.recorded
         if recorded.get("code") != code_digest():
             others.setdefault("other code under stages/", []).append(stage)
-        for name in sorted({*recorded.get("versions", {}), *versions()}):
-            old, new = recorded.get("versions", {}).get(name, "none"), versions().get(name, "none")
+        here = versions(task)
+        for name in sorted({*recorded.get("versions", {}), *here}):
+            old, new = recorded.get("versions", {}).get(name, "none"), here.get(name, "none")
             if old != new:
                 others.setdefault(f"{name} {old}, now {new}", []).append(stage)
     lines = []

@@ -3,8 +3,9 @@
     python -m stages.score --run-dir R --iteration 3
 
 Reads the rollout's parts; writes scores-*.parquet in completion_id order, one column for each reward function beside
-their sum. All completions of a group meet the same hidden seeds. Every verdict is journalled at once and never made
-again. A sandbox that fails is an exception, so it is never taken for a program that failed.
+their sum, and the columns of stages/tasks/checks.py, which say more of a program and are part of no reward. All
+completions of a group meet the same hidden seeds. Every verdict is journalled at once and never made again. A sandbox
+that fails is an exception, so it is never taken for a program that failed.
 """
 
 import time
@@ -62,6 +63,7 @@ def run(context: StageContext) -> None:
             "program": attempt.program,
             task.cases: scores[attempt.attempt_id].cases,
             "detail": scores[attempt.attempt_id].detail,
+            **scores[attempt.attempt_id].checks,
         }
         for attempt in sorted(attempts)
     ]

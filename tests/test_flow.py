@@ -146,7 +146,7 @@ def test_plan_warns_where_code_or_versions_differ(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "run", CONFIG)
     run_locally(run, CONFIG)
     decisions = survey(run, CONFIG, list(stages_of(CONFIG)))
-    assert warnings(decisions) == []
+    assert warnings(decisions, "game2048") == []
     path = run.folder(StageId("score", 0)) / "manifest.json"
     body = json.loads(path.read_text())
     body["recorded"]["versions"]["torch"] = "1.0"
@@ -154,7 +154,7 @@ def test_plan_warns_where_code_or_versions_differ(tmp_path: Path) -> None:
     path.write_text(json.dumps(body))
     decisions = survey(run, CONFIG, list(stages_of(CONFIG)))
     assert all(decision.action == "REUSE" for _, decision in decisions)
-    lines = warnings(decisions)
+    lines = warnings(decisions, "game2048")
     assert len(lines) == 2
     assert any("score 0 was made with other code" in line for line in lines)
     assert any("score 0 was made with torch 1.0, now" in line for line in lines)

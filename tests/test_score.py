@@ -6,7 +6,7 @@ from stages import score
 from stages.artifacts import RunDir, Session, StageId, execute
 from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
 from stages.config import RunConfig, SandboxConfig, TaskConfig, UserError
-from stages.tasks import judging, registry, tables
+from stages.tasks import checks, judging, registry, tables
 from tests.program_pipes import PipePool
 
 FINAL = "<|channel|>final<|message|>"
@@ -194,7 +194,8 @@ def test_real_sandboxes_give_the_verdicts_of_the_pipes_and_catch_what_the_pipes_
     rows = read_table(run.folder(StageId("score", 0)), "scores", tables.scores(registry.get("game2048"))).to_pylist()
     for row, same in zip(rows, expected, strict=False):
         if row["outcome"] == "ok":
-            assert row == same
+            assert row == same | {name: row[name] for name in checks.COLUMNS}
+            assert row["depends_on_time"] is False
     crashes, foreign, loops, cheats = rows[8:]
     assert [row["outcome"] for row in rows[8:11]] == ["crash", "foreign_import", "timeout"]
     assert crashes["reward"] < rows[1]["reward"]

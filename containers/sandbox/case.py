@@ -10,10 +10,12 @@ call filter of bpf.py before it reads the program, and the second before it runs
 
 Frames: question = nonce (8 bytes), length (4), payload; answer = the question's nonce, kind (1 byte), length (4),
 payload.
-    kinds: R the program is loaded, M an answer, X the program ended (payload: outcome, newline, detail)
+    kinds: R the program is loaded (payload: notes on it, program.py), M an answer, X the program ended (payload:
+    outcome, newline, detail)
 The first question is the program as JSON: {"program", "entry", "harness", "guarded"}.
 """
 
+import builtins
 import contextlib
 import ctypes
 import gc
@@ -152,14 +154,12 @@ def run_program(
     try:
         start: dict[str, Any] = json.loads(pipe.receive())
         guarded = start["guarded"]
-        code = programs.compile_checked(start["program"], guarded=guarded)
+        code, notes = programs.compile_checked(start["program"], entry=start["entry"], guarded=guarded)
         walls.shut()
-        names: dict[str, Any] = {"__name__": "program", "__builtins__": tables if guarded else __builtins__}
-        exec(code, names)
-        function = names.get(start["entry"])
+        function = programs.load(code, tables if guarded else vars(builtins), start["entry"])
         if not callable(function):
             pipe.end("crash", f"defines no function {start['entry']}")
-        pipe.answer(b"R", b"")
+        pipe.answer(b"R", notes.encode())
         harnesses[start["harness"]].serve(function, pipe.receive, pipe.send)
     except programs.Refused as refused:
         pipe.end(refused.outcome, refused.detail)
@@ -234,5 +234,5 @@ def compile_warm() -> None:
     warnings.simplefilter("ignore")
     for text in ("'\\d' is 1\nassert (1, 'a')\nf'{1!r:>4}'", "def f(:", "x = 1 +", "\x00"):
         with contextlib.suppress(programs.Refused):
-            programs.compile_checked(text, guarded=True)
+            programs.compile_checked(text, entry="f", guarded=True)
     "\N{DIGIT ONE}".encode("utf-8", "backslashreplace")

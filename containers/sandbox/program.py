@@ -1,8 +1,13 @@
 """What a program may say: the static check before it runs, and the names it runs with.
 
-This is the outer layer. It names what a program did wrong, so that its score can be explained; it is not what keeps a
-program in. A program that gets past it has the whole interpreter, and then faces another uid, the limits and the
-system call filter of case.py.
+This is the outer layer. It names what a program did wrong and where, so that its score can be explained; it is not what
+keeps a program in. A program that gets past it has the whole interpreter, and then faces another uid, the limits and
+the system call filter of case.py.
+
+Refused: imports of anything but ALLOWED_IMPORTS, dynamic imports (__import__, eval, exec, compile), names and
+attributes that lead from an object into the interpreter (dunders but the usual methods; frames, code, globals). Never
+refused: constants, helpers, tables computed when the program is loaded, and state kept between calls; that is reported
+by state.py, since a cache or a counter can be honest and only its effect says whether it is.
 """
 
 import __future__  # noqa: F401  (kept for programs that import it)
@@ -16,9 +21,12 @@ import heapq
 import itertools
 import math
 import random
+import re
 import sys
 import types
 import typing
+
+import state
 
 ALLOWED_IMPORTS = ("math", "random", "itertools", "collections", "functools", "heapq", "copy", "typing")
 PRELOADED = {
@@ -59,6 +67,17 @@ OFFERED_WORDS = """
 """
 
 
+SOURCE_LINE = re.compile(r"\r\n|\r|\n")  # as the tokenizer ends lines; str.splitlines knows more ends
+MAX_QUOTE = 80
+
+
+class Program(typing.NamedTuple):
+    """A program that may run: its code, and notes on it in one line of JSON (state.py), "" for an unguarded one."""
+
+    code: types.CodeType
+    notes: str
+
+
 class Refused(Exception):
     """A program that is not run: outcome (syntax_error, foreign_import or cheat) and what was found where."""
 
@@ -77,8 +96,8 @@ def is_hidden(name: str) -> bool:
     return (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES
 
 
-def compile_checked(source: str, *, guarded: bool) -> types.CodeType:
-    """Returns the program's code.
+def compile_checked(source: str, *, entry: str, guarded: bool) -> Program:
+    """Returns the program's code and notes.
 
     Refused when it does not parse, imports what it may not, or reaches for the interpreter.
     """
@@ -92,13 +111,28 @@ def compile_checked(source: str, *, guarded: bool) -> types.CodeType:
         raise Refused("syntax_error", f"{type(error).__name__}: {error}") from None
     if findings:
         line, outcome, what = min(findings)
-        raise Refused(outcome, f"{what} (line {line})")
-    return code
+        others = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        raise Refused(outcome, f"line {line}: {what}: {quoted(source, line)}{others}")
+    return Program(code, state.notes(tree, entry) if guarded else "")
+
+
+def quoted(source: str, line: int) -> str:
+    """Returns the line of the source, cut to MAX_QUOTE characters."""
+    text = SOURCE_LINE.split(source)[line - 1].strip()
+    return text if len(text) <= MAX_QUOTE else text[: MAX_QUOTE - 3] + "..."
+
+
+def running_line() -> str:
+    """Returns "line 3: " for the line of the program that is running, "" where none is."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != "<program>":
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"line {frame.f_lineno}: " if frame is not None else ""
 
 
 def find(tree: ast.AST) -> list[tuple[int, str, str]]:
     """Returns what the program must not do, each as (line, outcome, words)."""
-    nodes = list(ast.walk(tree))
+    nodes = state.every_node(tree)
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
@@ -195,7 +229,7 @@ def careful_wrapping(report_cheat: typing.Callable[[str], typing.NoReturn]) -> d
             if type(name) is not str:
                 raise TypeError("attribute name must be string")
             if is_hidden(name) and name not in functools.WRAPPER_ASSIGNMENTS + functools.WRAPPER_UPDATES:
-                report_cheat(f"reaches for {name}")
+                report_cheat(f"{running_line()}reaches for {name} through update_wrapper()")
         return functools.update_wrapper(wrapper, wrapped, assigned, updated)
 
     def wraps(wrapped, assigned=functools.WRAPPER_ASSIGNMENTS, updated=functools.WRAPPER_UPDATES):  # type: ignore[no-untyped-def]
@@ -225,7 +259,7 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
         if name == "__future__":
             return future
         if level or name not in modules:
-            raise Refused("foreign_import", f"imports {name}")
+            raise Refused("foreign_import", f"{running_line()}imports {name}")
         return modules[name if fromlist else name.partition(".")[0]]
 
     def guarded(function):  # type: ignore[no-untyped-def]
@@ -233,7 +267,7 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
             if type(name) is not str:
                 raise TypeError("attribute name must be string")
             if is_hidden(name):
-                report_cheat(f"reaches for {name}")
+                report_cheat(f"{running_line()}reaches for {name} through {function.__name__}()")
             return function(target, name, *rest)
 
         call.__name__ = call.__qualname__ = function.__name__
@@ -249,3 +283,21 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
     table["__build_class__"] = builtins.__build_class__
     table["__import__"] = import_
     return table
+
+
+def load(code: types.CodeType, table: dict[str, object], entry: str) -> typing.Any:
+    """Runs the program over a namespace of its own, the table its only builtins; returns the entry, None without one.
+
+    An entry that is a function of the program is made anew over that namespace, with the table put back: whatever was
+    hung on it or slipped under __builtins__ while the program loaded is not called by the harness. Its helpers,
+    constants and tables are in the namespace; other callables (a cached function, an instance) are called as they are.
+    """
+    names: dict[str, typing.Any] = {"__name__": "program", "__builtins__": table}
+    types.FunctionType(code, names)()
+    function = names.get(entry)
+    if type(function) is not types.FunctionType or function.__globals__ is not names:
+        return function
+    names["__builtins__"] = table
+    locked = types.FunctionType(function.__code__, names, entry, function.__defaults__, function.__closure__)
+    locked.__kwdefaults__ = function.__kwdefaults__
+    return locked

@@ -36,6 +36,9 @@ MAX_REPLY_BYTES = 16 << 20
 LEAVE_S = 2.0  # a case without questions exits in under 1 ms; on a busy machine it may wait for a core
 LOOK_S = 0.03  # three ticks
 ADDRESS = re.compile(r"0x[0-9a-f]{4,}", re.IGNORECASE)
+MAX_NOTES = 2000
+PROBE_SHARE = 0.1  # of the CPU time that the cases took, which the probe may take on top
+PROBE_CPU_S = 0.1
 CLAIMS = ("syntax_error", "foreign_import", "cheat", "crash", "memory")
 
 
@@ -172,7 +175,7 @@ class Case:
         outcome, _, detail = payload.decode("utf-8", "replace").partition("\n")
         if outcome not in CLAIMS:
             return self.end("cheat", "claimed an outcome that is not its own to claim")
-        detail = "".join(letter if letter.isprintable() else " " for letter in detail[: cases.MAX_DETAIL + 40])
+        detail = printable(detail[: cases.MAX_DETAIL + 40])
         detail = ADDRESS.sub("0x...", detail)  # the one thing in it that changes from run to run
         return self.end(outcome, detail)
 
@@ -295,6 +298,24 @@ def quiet_cpu() -> int:
     return min(cpus, key=lambda cpu: (now.get(cpu, 0) - before.get(cpu, 0), os.urandom(1)))
 
 
+def printable(text: str) -> str:
+    """Returns the text with a space for every character that is not one to print."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def probe(harness: Any, given: list[Any], case: Case) -> tuple[dict[str, Any], bool]:
+    """Returns what the harness's probe found of a case whose games are over, and whether the probe ended the program.
+
+    What happens here costs little and decides nothing: a program that fails or takes long is spared. Only a cheat is a
+    cheat at any time.
+    """
+    case.cpu_s = min(case.cpu_s, (1 + PROBE_SHARE) * case.cpu_used() + PROBE_CPU_S)
+    try:
+        return harness.probe(given, case), False
+    except CaseEnded as ended:
+        return {}, ended.outcome != "cheat"
+
+
 @contextlib.contextmanager
 def on_one_cpu(nursery: Nursery) -> Iterator[None]:
     """Keeps the supervisor and the case to come on one CPU: a speed measured on two would be of the CPUs as well.
@@ -313,15 +334,24 @@ def on_one_cpu(nursery: Nursery) -> Iterator[None]:
 
 
 def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """Returns the reply to a job: outcome, detail, cases, cpu_s, supervisor_cpu_s, wall_s, discard, or `failed`."""
+    """Returns the reply to a job, or one with `failed`.
+
+    It has outcome, detail, cases, notes and checks (reported, never scored), cpu_s, supervisor_cpu_s, wall_s, discard.
+    """
     started, own_started = time.monotonic(), time.process_time()
     case = Case(nursery, job["limits"])
+    harness = harnesses[job["harness"]]
     rows: list[Any] = []
-    failed = ""
+    notes, failed = "", ""
+    checks: dict[str, Any] = {}
+    spared = False
     try:
         start = {name: job[name] for name in ("program", "entry", "harness", "guarded")}
-        case.exchange(json.dumps(start).encode(), b"R")
-        rows = harnesses[job["harness"]].judge(job["cases"], case)
+        notes = printable(case.exchange(json.dumps(start).encode(), b"R")[:MAX_NOTES].decode("ascii", "replace"))
+        for row in harness.judge(job["cases"], case):
+            rows.append(row)
+        if hasattr(harness, "probe") and not case.ended:
+            checks, spared = probe(harness, job["cases"], case)
     except CaseEnded as ended:
         case.end(ended.outcome, ended.detail)
     except Exception:
@@ -329,10 +359,13 @@ def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) 
     case.close()
     if failed:
         return {"failed": failed}
+    ended = None if spared else case.ended
     return {
-        "outcome": case.ended.outcome if case.ended else "ok",
-        "detail": case.ended.detail if case.ended else "",
+        "outcome": ended.outcome if ended else "ok",
+        "detail": ended.detail if ended else "",
         "cases": rows,
+        "notes": notes,
+        "checks": checks,
         "cpu_s": case.used_s,
         "supervisor_cpu_s": time.process_time() - own_started,
         "wall_s": time.monotonic() - started,

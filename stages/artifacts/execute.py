@@ -94,7 +94,9 @@ def execute(
         function(context)
         write_timings(context, time.perf_counter() - started)
         sync_all(temporary)
-        manifest = Manifest.of(temporary, key=decision.key, inputs=decision.inputs, recorded=recorded(runner=runner))
+        manifest = Manifest.of(
+            temporary, key=decision.key, inputs=decision.inputs, recorded=recorded(task=config.task.name, runner=runner)
+        )
         manifest.write(temporary)
         set_aside(folder)
         os.rename(temporary, folder)

@@ -43,7 +43,7 @@ ADAPTER = ("update.lora_rank", "update.lora_alpha")
 STAGES: dict[str, Stage] = {
     "load": Stage(1, ("model.*",), lambda _: []),
     "rollout": Stage(1, ("rollout.*", "task.*", "train.seed", *ADAPTER), after),
-    "score": Stage(1, JUDGING, lambda i: [StageId("rollout", i)]),
+    "score": Stage(2, JUDGING, lambda i: [StageId("rollout", i)]),
     "update": Stage(1, ("update.*", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),
     "export": Stage(1, ("model.*", *PLAYING, *ADAPTER), exported_from),

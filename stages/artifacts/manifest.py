@@ -15,6 +15,7 @@ from stages.config import canonical_json
 NAME = "manifest.json"
 TIMINGS = "timings.parquet"
 FORMAT = 1
+TASKS = "flexsink.tasks"  # the entry points of tasks that other distributions bring: stages/tasks/plugins.py
 
 
 class Manifest(NamedTuple):
@@ -101,14 +102,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def recorded(**more: str) -> dict[str, Any]:
+def recorded(*, task: str, **more: str) -> dict[str, Any]:
     """What is recorded beside a stage and is in no key: what would have to be the same for equal bytes elsewhere."""
-    return {"code": code_digest(), "versions": versions(), "machine": platform.machine(), **more}
+    return {"code": code_digest(), "versions": versions(task), "machine": platform.machine(), **more}
 
 
 @functools.cache
-def versions() -> dict[str, str]:
-    """Versions of the packages whose arithmetic or file format ends up in an artifact."""
+def versions(task: str) -> dict[str, str]:
+    """Versions of the packages whose arithmetic or file format ends up in an artifact, and of the one with the task."""
     import importlib.metadata
 
     found = {"python": platform.python_version()}
@@ -117,6 +118,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    for point in importlib.metadata.entry_points(group=TASKS, name=task):
+        if point.dist is not None:
+            found[point.dist.name] = point.dist.version
     return found
 
 

@@ -58,6 +58,12 @@ SCORES = table_schema(
         column("reward", pa.float64()),
         column("program", pa.string(), null=True),
         column("detail", pa.string(), null=True),
+        # stages/tasks/checks.py; null is unknown
+        column("depends_on_board", pa.bool_(), null=True),
+        column("depends_on_calls", pa.bool_(), null=True),
+        column("depends_on_random", pa.bool_(), null=True),
+        column("depends_on_time", pa.bool_(), null=True),
+        column("state_kept", pa.string(), null=True),
     ],
 )
 

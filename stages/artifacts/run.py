@@ -34,7 +34,7 @@ class RunDir:
             if path.is_dir() and any(entry.name not in KNOWN for entry in path.iterdir()):
                 raise UserError(f"{path} is not empty and holds no run", "choose another folder with --run-dir")
             (path / "logs").mkdir(parents=True, exist_ok=True)
-            write_json(path / "environment.json", environment())
+            write_json(path / "environment.json", environment(config.task.name))
             write_json(path / "config.json", config.to_dict())
         return run
 
@@ -165,11 +165,11 @@ def write_json(path: Path, body: Any) -> None:
     fsync(path.parent)
 
 
-def environment() -> dict[str, Any]:
+def environment(task: str) -> dict[str, Any]:
     return {
         "run_id": os.urandom(16).hex(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": versions(),
+        "versions": versions(task),
     }

@@ -17,6 +17,7 @@ from rich.text import Text
 from stages.artifacts.run import RunDir
 from stages.tasks import registry
 from stages.tasks.base import Figure, Task
+from stages.tasks.checks import COLUMNS
 
 WIDE = 130  # columns where the output is no terminal
 LONGEST = 60  # lines of a program shown in a list; --completion shows all
@@ -166,7 +167,7 @@ def cases(rows: Iterable[dict[str, Any]], task: Task) -> Table:
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name == "state" else "right")
     for case in rows:
-        good = "green" if case["state"] in task.good_states else ""
+        good = "green" if case.get("state") in task.good_states else ""
         table.add_row(*(Text(cell(case[name]), style=good if name == "state" else "") for name in names))
     return table
 
@@ -175,7 +176,7 @@ def cell(value: Any) -> str:
     """A case's value: nothing for None, three digits of a float, words for a state."""
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("_", " ")
+    return f"{value:.3g}" if isinstance(value, float) else printable(str(value).replace("_", " "))
 
 
 def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
@@ -197,6 +198,10 @@ def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
     text.append(row["outcome"].replace("_", " "), style="green" if row["outcome"] == "ok" else "red")
     if row.get("detail"):
         text.append(f": {printable(row['detail'])}")
+    if any(row.get(name) is not None for name in COLUMNS):
+        text.append(f"\n{checked(row)}", style="dim")
+    if row.get("state_kept"):
+        text.append(f"\nmay keep state between calls: {printable(row['state_kept'])}", style="yellow")
     if "finish_reason" in row:
         text.append(f"\n{row['num_tokens']} tokens, ended by {row['finish_reason']}", style="dim")
         text.append(f", policy after {row['policy_version']} updates, seed {row['seed']}", style="dim")
@@ -210,6 +215,14 @@ def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
     if whole and "advantage" in row:
         text.append(f"\nadvantage {row['advantage']:+.3f}", style="dim")
     return text
+
+
+def checked(row: dict[str, Any]) -> str:
+    """What the answers depend on, in words: "depends on board: yes, calls: no, random: no, time: no"."""
+    words = {True: "yes", False: "no", None: "unknown"}
+    depends = "depends_on_"
+    answers = [f"{name.removeprefix(depends)}: {words[row.get(name)]}" for name in COLUMNS if name.startswith(depends)]
+    return "depends on " + ", ".join(answers)
 
 
 def program(source: str, *, whole: bool) -> RenderableType:

@@ -135,6 +135,8 @@ class Container:
                 outcome=Outcome(reply["outcome"]),
                 detail=reply["detail"],
                 cases=tuple(reply["cases"]),
+                notes=reply["notes"],
+                checks=reply["checks"],
                 cpu_s=reply["cpu_s"],
                 supervisor_cpu_s=reply["supervisor_cpu_s"],
                 wall_s=reply["wall_s"],

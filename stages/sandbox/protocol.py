@@ -4,7 +4,8 @@ An Outcome is always the program's: it is scored. When the sandbox itself fails 
 a SandboxError.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -86,6 +87,10 @@ class Result:
     outcome: Outcome
     detail: str
     cases: tuple[dict[str, Any], ...]
+    notes: str = ""
+    # what the static check noted of the program, JSON (containers/sandbox/state.py); "" before the program is loaded
+    checks: Mapping[str, Any] = field(default_factory=dict)
+    # what the harness's probe found out after the cases
     cpu_s: float = 0.0
     # CPU seconds of the program's process
     supervisor_cpu_s: float = 0.0

@@ -1,10 +1,18 @@
-"""What a task is to the stages: prompts and seeds going in, a job for the sandbox, a score coming out."""
+"""What a task is to the stages: prompts and seeds going in, a job for the sandbox, a score coming out.
+
+A task of your own is a subclass of Task with a name, a title, an entry, three rewards, the columns of a case, `prompt`
+and `grade`, and a harness.py beside it; all else has a default. README.md has one, examples/coins another.
+"""
 
 import abc
 import dataclasses
+import inspect
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+from stages.artifacts.seeds import derive
 from stages.sandbox.protocol import Job, Limits, Outcome, Result
 from stages.tasks import programs
 
@@ -66,16 +74,26 @@ class Score:
     rewards: Mapping[str, float]
     cases: Sequence[Mapping[str, Any]]
     detail: str
+    checks: Mapping[str, bool | str | None] = dataclasses.field(default_factory=dict)
+    # the columns of stages/tasks/checks.py
 
     @property
     def reward(self) -> float:
         return sum(self.rewards.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The `task.` keys of a task that brings none of its own."""
+
+    cases: int = 8  # hidden seeds that a completion is judged on
+
+
 class Task(abc.ABC):
     """A problem that a program can judge.
 
-    `entry` is the function asked for; `reward_names` become the columns `reward_<name>`.
+    `entry` is the function asked for; `reward_names` become the columns `reward_<name>`; `options_type` is a frozen
+    dataclass with a default for each of the `task.` keys, one of which is named as `cases` and says how many there are.
 
     What else the tables of a run hold, and what everything that shows a run says, is told here:
         title           the task in words
@@ -100,50 +118,96 @@ class Task(abc.ABC):
     case_columns: ClassVar[Mapping[str, str]]
     recording: ClassVar[str] = ""
     good_states: ClassVar[tuple[str, ...]] = ()
-    figures: ClassVar[tuple[Figure, ...]]
+    figures: ClassVar[tuple[Figure, ...]] = (Figure("mean_grade", "mean grade", unit="mean over cases", digits=2),)
     tally: ClassVar[Tally | None] = None
     baseline_cases: ClassVar[int] = 64
+    options_type: ClassVar[type[Any]] = Options
     options: Any
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options if options is not None else self.options_type()
 
     @abc.abstractmethod
     def prompt(self) -> str:
         """Returns the words put to the model."""
 
-    @abc.abstractmethod
     def training_seeds(self, seed: int, iteration: int, group_index: int) -> list[int]:
-        """Returns the hidden seeds that judge every completion of a group; never one of the held-out seeds."""
+        """Returns the hidden seeds that judge every completion of a group: even ones, held-out ones are odd."""
+        count = getattr(self.options, self.cases)
+        return [derive(self.name, "training", seed, iteration, group_index, case) & ~1 for case in range(count)]
 
-    @abc.abstractmethod
     def held_out_seeds(self, count: int) -> list[int]:
-        """Returns the first `count` seeds that no training ever uses, the same in every run."""
+        """Returns the first `count` seeds that no training ever uses, the same in every run: odd ones."""
+        return [derive(self.name, "held out", case) | 1 for case in range(count)]
 
-    @abc.abstractmethod
     def harness_source(self) -> str:
-        """Returns the stdlib-only text that defines `judge` and `serve` inside the sandbox."""
+        """Returns the stdlib-only text that defines `judge` and `serve` inside the sandbox: harness.py beside the task.
 
-    @abc.abstractmethod
+        judge(cases, ask) runs in the supervisor: it returns or yields a row for each case, and ask(question) -> answer,
+        both bytes, puts a question to the program. An answer may be any bytes: an exception of judge's own is taken for
+        a failure of the sandbox and ends the run. serve(function, receive, send) runs in the program's process: it
+        receives questions until one is empty, and sends an answer to each. probe(cases, ask), if there is one, runs
+        after judge and returns columns of stages/tasks/checks.py.
+        """
+        return Path(inspect.getfile(type(self))).with_name("harness.py").read_text(encoding="utf-8")
+
     def job(self, job_id: str, program: str, seeds: Sequence[int], limits: Limits) -> Job:
-        """Returns the job that judges the program on those seeds."""
+        """Returns the job that judges the program on those seeds: a case is its seed and the task's options."""
+        shared = {name: value for name, value in dataclasses.asdict(self.options).items() if name != self.cases}
+        cases = tuple({"seed": seed, **shared} for seed in seeds)
+        return Job(job_id=job_id, program=program, entry=self.entry, harness=self.name, cases=cases, limits=limits)
 
-    @abc.abstractmethod
+    def grade(self, case: Mapping[str, Any]) -> float:
+        """Returns what one row of the judge is worth, if `score` and `measure` are as they are here."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither grade(case) nor score(result)")
+
     def score(self, result: Result | None) -> Score:
-        """Returns the verdict on a result, or on a completion that held no program (None)."""
+        """Returns the verdict on a result, or on a completion that held no program (None).
 
-    @abc.abstractmethod
+        Here: works is 1, 0 for a program that died or cheated, -1 for none or one that does not parse; no_cheating is
+        0, -5 for a cheat; the third reward is the mean grade of the cases, 0 for a program that did not end well. Rows
+        of a program that died are left out, so that stopping when ahead pays nothing.
+        """
+        works, no_cheating, worth = self.reward_names
+        if result is None:
+            rewards = {works: -1.0, no_cheating: 0.0, worth: 0.0}
+            return Score(Outcome.no_program, rewards, [], "the final channel holds no program")
+        cases = list(result.cases) if result.outcome is Outcome.ok else []
+        rewards = {
+            works: {Outcome.ok: 1.0, Outcome.syntax_error: -1.0}.get(result.outcome, 0.0),
+            no_cheating: -5.0 if result.outcome in (Outcome.cheat, Outcome.foreign_import) else 0.0,
+            worth: self.mean_grade(cases),
+        }
+        return Score(result.outcome, rewards, cases, result.detail)
+
     def measure(self, cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Returns the `figures` of a program that was judged on these cases; there may be none."""
+        return {"mean_grade": self.mean_grade(cases)}
 
-    @abc.abstractmethod
+    def mean_grade(self, cases: Sequence[Mapping[str, Any]]) -> float:
+        return sum(self.grade(case) for case in cases) / len(cases) if cases else 0.0
+
     def describe(self, cases: Sequence[Mapping[str, Any]]) -> str:
         """Returns what came of a program's cases, in one line."""
+        figures = self.measure(cases)
+        return ", ".join([f"{len(cases)} {self.cases}", *(f"{name} {value:.3g}" for name, value in figures.items())])
 
-    @abc.abstractmethod
     def baselines(self) -> Mapping[str, str]:
         """Returns programs to compare with, by name."""
+        return {}
 
-    @abc.abstractmethod
     def validate(self) -> None:
-        """Raises AssertionError unless known-good and known-bad answers score what they must."""
+        """Raises AssertionError unless known-good and known-bad answers score what they must.
+
+        Here: every outcome has its rewards, and neither cheating nor failing pays.
+        """
+        empty = self.score(None)
+        for outcome in Outcome:
+            score = self.score(Result(job_id="validate", outcome=outcome, detail="", cases=()))
+            assert set(score.rewards) == set(self.reward_names), f"{outcome}: rewards {sorted(score.rewards)}"
+            assert math.isfinite(score.reward), f"{outcome} scores {score.reward}"
+            if outcome in (Outcome.cheat, Outcome.foreign_import):
+                assert score.reward < empty.reward, f"{outcome} scores {score.reward}, no program {empty.reward}"
 
     def prompts(self, count: int, iteration: int, seed: int) -> list[Prompt]:
         """Returns the prompts of an iteration, one a group; every group of these tasks is put the same words."""

@@ -4,6 +4,7 @@ A program is judged once for each list of seeds it meets, however many completio
 same. What the sandbox itself could not do is an exception here, never a score.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from stages.artifacts import StageContext
 from stages.config import SandboxConfig, UserError
 from stages.sandbox import Limits, Outcome, Result, SandboxPool, open_pool
+from stages.tasks import checks
 from stages.tasks.base import Score, Task
 
 CHEATS = (Outcome.cheat, Outcome.foreign_import)
@@ -64,8 +66,9 @@ def judge(
     scores: dict[str, Score] = {}
 
     def settle(same: Sequence[Attempt], result: Result | None) -> None:
+        score = dataclasses.replace(task.score(result), checks=checks.columns_of(result))
         for attempt in same:
-            scores[attempt.attempt_id] = score = task.score(result)
+            scores[attempt.attempt_id] = score
             if on_score is not None:
                 on_score(attempt, score)
 
@@ -130,9 +133,12 @@ def to_record(score: Score) -> dict[str, Any]:
         "rewards": dict(score.rewards),
         "cases": [dict(case) for case in score.cases],
         "detail": score.detail,
+        "checks": dict(score.checks),
     }
 
 
 def from_record(record: Mapping[str, Any]) -> Score:
     """Returns the score that to_record() wrote."""
-    return Score(Outcome(record["outcome"]), record["rewards"], record["cases"], record["detail"])
+    return Score(
+        Outcome(record["outcome"]), record["rewards"], record["cases"], record["detail"], record.get("checks", {})
+    )

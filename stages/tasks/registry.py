@@ -1,20 +1,16 @@
-"""The tasks by name, with their options checked."""
+"""The tasks by name, with their options checked: the project's own, then those of plugins.py."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stages.config import RunConfig, UserError, unknown
+from stages.tasks import plugins
 from stages.tasks.base import Task
 from stages.tasks.game2048.task import Game2048
-from stages.tasks.game2048.task import Options as Game2048Options
 from stages.tasks.matmul.task import Matmul
-from stages.tasks.matmul.task import Options as MatmulOptions
 
-TASKS: Mapping[str, tuple[Any, Any]] = {
-    "game2048": (Game2048, Game2048Options),
-    "matmul": (Matmul, MatmulOptions),
-}
+TASKS: Mapping[str, type[Task]] = {task.name: task for task in (Game2048, Matmul)}
 
 
 def get(name: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> Task:
@@ -22,10 +18,10 @@ def get(name: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) 
 
     Example: get("game2048", {"size": 5, "games": 8})
     """
-    if name not in TASKS:
-        raise unknown(f"task {name!r}", name, TASKS, prefix="task.name=")
-    task, options_type = TASKS[name]
-    fields = {field.name: field for field in dataclasses.fields(options_type)}
+    task = TASKS.get(name) or plugins.load(name)
+    if task is None:
+        raise unknown(f"task {name!r}", name, [*TASKS, *plugins.names()], prefix="task.name=")
+    fields = {field.name: field for field in dataclasses.fields(task.options_type)}
     values = dict(options)
     for key, value in values.items():
         if key not in fields:
@@ -33,8 +29,7 @@ def get(name: str, options: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) 
         expected = type(fields[key].default)
         if type(value) is not expected:
             raise UserError(f"task.{key} is {value!r}", f"it takes a value of type {expected.__name__}")
-    chosen: Task = task(options_type(**values))
-    return chosen
+    return task(task.options_type(**values))
 
 
 def of(config: RunConfig) -> Task:

@@ -84,21 +84,14 @@ class Game2048(Task):
     )
     tally = Tally("tiles", of="max_tile", value="tile", title="largest tile")
 
+    options_type = Options
+
     def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
+        super().__init__(options)
         self.title = f"2048 on a {self.options.size}x{self.options.size} board, up to {self.options.target}"
 
     def prompt(self) -> str:
         return TEMPLATE.format(size=self.options.size, target=self.options.target)
-
-    def training_seeds(self, seed: int, iteration: int, group_index: int) -> list[int]:
-        """Returns even seeds: held-out ones are odd."""
-        games = range(self.options.games)
-        return [derive("game2048", "training", seed, iteration, group_index, game) & ~1 for game in games]
-
-    def held_out_seeds(self, count: int) -> list[int]:
-        """Returns odd seeds: training ones are even."""
-        return [derive("game2048", "held out", game) | 1 for game in range(count)]
 
     def harness_source(self) -> str:
         folder = Path(__file__).parent

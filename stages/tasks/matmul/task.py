@@ -17,12 +17,10 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
-from stages.artifacts.seeds import derive
 from stages.config import UserError
-from stages.sandbox.protocol import Job, Limits, Outcome, Result
+from stages.sandbox.protocol import Outcome, Result
 from stages.tasks.base import Figure, Score, Task
 from stages.tasks.matmul.baselines import BASELINES
 
@@ -81,28 +79,10 @@ class Matmul(Task):
     )
     baseline_cases = 16
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
+    options_type = Options
 
     def prompt(self) -> str:
         return PROMPT
-
-    def training_seeds(self, seed: int, iteration: int, group_index: int) -> list[int]:
-        """Returns even seeds: held-out ones are odd."""
-        cases = range(self.options.cases)
-        return [derive("matmul", "training", seed, iteration, group_index, case) & ~1 for case in cases]
-
-    def held_out_seeds(self, count: int) -> list[int]:
-        """Returns odd seeds: training ones are even."""
-        return [derive("matmul", "held out", case) | 1 for case in range(count)]
-
-    def harness_source(self) -> str:
-        return (Path(__file__).parent / "harness.py").read_text(encoding="utf-8")
-
-    def job(self, job_id: str, program: str, seeds: Sequence[int], limits: Limits) -> Job:
-        shared = {name: getattr(self.options, name) for name in ("smallest", "largest", "trials")}
-        cases = tuple({"seed": seed, **shared} for seed in seeds)
-        return Job(job_id=job_id, program=program, entry=self.entry, harness=self.name, cases=cases, limits=limits)
 
     def score(self, result: Result | None) -> Score:
         if result is None:
