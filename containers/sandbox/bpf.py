@@ -11,9 +11,9 @@ and scores as a cheat:
 A case is under compile.bpf before it reads the program and under run.bpf as well before the program runs. The first
 differs in two calls: openat fails as if there were no file, since Python looks for a source file named <program> to
 quote in a SyntaxError, and prctl may add the second filter. The supervisor's filter refuses (EPERM) what seccomp.json
-refuses in the container, and what a supervisor without Docker does not need either: sockets but for socketpair, execve,
-other processes' memory, mounts, namespaces, keys, tracing, io_uring. Instructions are those of linux/bpf_common.h, 8 bytes
-each: code, jump if true, jump if false, operand.
+refuses in the container, and what a supervisor without Docker does not need either: sockets but for socketpair,
+execve, other processes' memory, mounts, namespaces, keys, tracing, io_uring. Instructions are those of
+linux/bpf_common.h, 8 bytes each: code, jump if true, jump if false, operand.
 """
 
 import platform
@@ -65,8 +65,8 @@ SUPERVISOR_NUMBERS = """
     open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, rt_sigaction 13 134,
     rt_sigprocmask 14 135, ioctl 16 29, pread64 17 67, readv 19 65, writev 20 66, access 21 -, pipe 22 -,
     sched_yield 24 124, dup 32 23, dup2 33 -, nanosleep 35 101, getpid 39 172, sendto 44 206, recvfrom 45 207,
-    sendmsg 46 211, recvmsg 47 212, shutdown 48 210, socketpair 53 199, fork 57 -, vfork 58 -, wait4 61 260, kill 62 129,
-    uname 63 160, fcntl 72 25, getcwd 79 17, readlink 89 -, gettimeofday 96 169, getrlimit 97 163, getrusage 98 165,
+    sendmsg 46 211, recvmsg 47 212, shutdown 48 210, socketpair 53 199, fork 57 -, vfork 58 -, wait4 61 260,
+    kill 62 129, uname 63 160, fcntl 72 25, getcwd 79 17, readlink 89 -, gettimeofday 96 169, getrlimit 97 163, getrusage 98 165,
     sysinfo 99 179, getuid 102 174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173,
     setgroups 116 159, setresuid 117 147, getresuid 118 148, setresgid 119 149, getresgid 120 150,
     sigaltstack 131 132, prctl 157 167, arch_prctl 158 -, setrlimit 160 164, gettid 186 178,

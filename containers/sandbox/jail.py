@@ -36,9 +36,9 @@ from typing import NoReturn
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, FOLDER)
 
-import bpf
-import case as cases
-import supervisor
+import bpf  # noqa: E402
+import case as cases  # noqa: E402
+import supervisor  # noqa: E402
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP = 1, 4, 24
 NEW_NS, NEW_CGROUP, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (

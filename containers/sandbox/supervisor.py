@@ -1,7 +1,8 @@
 """The supervisor: holds the games, has each program run in a case, and says how the case ended.
 
 Runs as root with SETUID, SETGID and KILL only, on the standard library alone, as the container's one job; without
-Docker jail.py puts up other walls and calls main. It reads jobs from its standard input and writes one reply a job to its standard output:
+Docker jail.py puts up other walls and calls main. It reads jobs from its standard input and writes one reply a job to
+its standard output:
     message = length (4 bytes, little endian), JSON with a nonce;   reply = the message's nonce (16 bytes), length
     (4), JSON first message {"nonce", "protocol", "harnesses": {name: source}}, then {"nonce", "job"}; replies are
     written by `hello` and `judge_job`

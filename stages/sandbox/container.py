@@ -1,7 +1,6 @@
 """The backend docker: one sandbox container, how it is locked in and removed."""
 
 import contextlib
-import socket
 import struct
 import time
 from collections.abc import Mapping

@@ -59,7 +59,7 @@ class Walls(NamedTuple):
 
     def limitations(self) -> tuple[str, ...]:
         """Returns what programs are not kept from, or less firmly than by Docker."""
-        words = LIMITATIONS
+        words: tuple[str, ...] = LIMITATIONS
         if self.kind != "namespaces":
             words += WITHOUT_NAMESPACES
         return words if self.uids > 1 else words + ONE_UID
@@ -128,8 +128,8 @@ class LocalSandbox(Sandbox):
                 command(walls.kind),
                 env=environment(),
                 cwd="/",
-                stdin=other,
-                stdout=other,
+                stdin=other.fileno(),
+                stdout=other.fileno(),
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
