@@ -178,7 +178,7 @@ def reap(run: RunDir) -> None:
 
 
 def check_sandbox(backend: str) -> None:
-    """Returns when programs can be judged here: a daemon with the image, or a kernel with local's walls. UserError else."""
+    """Returns when programs can be judged here: by a daemon with the image, or within local's walls; UserError else."""
     from stages.sandbox import image, local
 
     if backend == "local":

@@ -86,18 +86,18 @@ def readable_folders() -> list[str]:
 def reserve_uids() -> tuple[socket.socket, int]:
     """Returns the first of three uids that no other sandbox here uses, and the lock that says so while it is open.
 
-    They are the highest of the largest range that there is: no account has them.
+    They are the highest of the largest range that there is: no account has them. LookupError when there is none.
     """
     with open("/proc/self/uid_map") as file:
         ranges = [tuple(map(int, line.split())) for line in file]
     start, _, size = max(ranges, key=lambda part: part[2])
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    for number in range(1, min(MAX_SANDBOXES, size // 8) + 1):
+    for number in range(1, min(MAX_SANDBOXES, size // 8)):
         first = min(start + size, HIGHEST_UID) - 4 * number
         with contextlib.suppress(OSError):
             lock.bind(f"\0flexsink-sandbox-{first}")
             return lock, first
-    raise OSError("no uid is left for another sandbox")
+    raise LookupError("no uid is left for another sandbox")
 
 
 # --- namespaces -----------------------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ def map_ids(pid: int) -> int:
     """Gives a process in a new user namespace its uids and gids, from outside; returns how many (3 or 1)."""
     inside = (0, cases.CASE_UID, cases.SWEEP_UID)
     if os.geteuid() == 0:
-        lock, first = reserve_uids()
-        lock.close()  # uids in a namespace meet no others: any will do
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LookupError):
+            lock, first = reserve_uids()
+            lock.close()  # uids in a namespace meet no others: any will do
             for name in ("gid_map", "uid_map"):
                 write(f"/proc/{pid}/{name}", "".join(f"{uid} {first + n} 1\n" for n, uid in enumerate(inside)))
             return 3
@@ -358,8 +358,9 @@ def main() -> None:
             raise OSError("the kernel has no Landlock")
         control(supervisor.PR_SET_CHILD_SUBREAPER, 1)
         if os.geteuid() == 0 and has_capabilities(CAPABILITIES):
-            lock, first_uid = reserve_uids()
-            num_uids = 3
+            with contextlib.suppress(LookupError):
+                lock, first_uid = reserve_uids()
+                num_uids = 3
     control(PR_SET_PDEATHSIG, signal.SIGTERM)
     child = os.fork()
     if not child:

@@ -81,8 +81,7 @@ class Nursery:
     def fork(self, stdin: int, stdout: int, *, memory_bytes: int, cpu_s: int) -> int:
         """Returns the pid of a new case on these descriptors."""
         socket.send_fds(self.control, [cases.ORDER.pack(memory_bytes, cpu_s)], [stdin, stdout])
-        answer = cases.read_exactly(self.control, 5)
-        return int.from_bytes(answer[:4], "little")
+        return int.from_bytes(cases.read_exactly(self.control, 4), "little")
 
 
 class Case:
