@@ -3,8 +3,8 @@
     python local_sandbox_driver.py KIND [open] < JOBS      (from the root of a copy of the project)
 
 KIND: namespaces or landlock. open: the cases' own filters allow everything and their limits of processes and files are
-off, so that what stands behind is seen. JOBS: {"harnesses": {...}, "jobs": [{name: value}]} as JSON; a job named "endless" is
-submitted, announced, and never waited for.
+off, so that what stands behind is seen. JOBS: {"harnesses": {...}, "jobs": [{name: value}]} as JSON; when a job named
+"endless" has run for a second, the number of processes is printed.
 """
 
 import json
