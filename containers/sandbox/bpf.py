@@ -16,7 +16,7 @@ execve, other processes' memory, mounts, namespaces, keys, tracing, io_uring. In
 linux/bpf_common.h, 8 bytes each: code, jump if true, jump if false, operand.
 """
 
-import platform
+import os
 import struct
 import sys
 
@@ -137,7 +137,7 @@ def assemble_supervisor(machine: str) -> bytes:
 
 
 def assemble(machine: str, *, compiling: bool) -> bytes:
-    """Returns a case's filter for `machine` (platform.machine()); KeyError when the machine is not in the tables."""
+    """Returns a case's filter for `machine` (os.uname().machine); KeyError when the machine is not in the tables."""
     numbers = NUMBERS[machine]
     program = beginning(machine)
     for name, number in numbers.items():
@@ -178,4 +178,4 @@ def assemble(machine: str, *, compiling: bool) -> bytes:
 if __name__ == "__main__":
     for stage in ("compile", "run"):
         with open(f"{sys.argv[1]}/{stage}.bpf", "wb") as file:
-            file.write(assemble(platform.machine(), compiling=stage == "compile"))
+            file.write(assemble(os.uname().machine, compiling=stage == "compile"))

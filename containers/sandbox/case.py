@@ -20,7 +20,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import resource
 import signal
 import socket
@@ -85,7 +84,7 @@ class Walls:
         self.run_filter = Filter(place.run_filter or read_filter("run.bpf"))
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.interpreter = ctypes.PyDLL(None)
-        self.clone = CLONE[platform.machine()]
+        self.clone = CLONE[os.uname().machine]
         self.libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
     def fork_sibling(self) -> int:

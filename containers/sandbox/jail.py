@@ -1,6 +1,6 @@
 """The walls around a supervisor where there is no Docker, and then the supervisor, on the host's own Python.
 
-    python3 -P -s -S -B jail.py namespaces|landlock [--probe]
+    python3 -P -s -S jail.py namespaces|landlock [--probe]
 
 Standard input and output are one socket to the pool. The first process stays outside as the warden: when the pool's end
 of the socket closes, or the pool's thread dies, it kills everything and goes. Its child is the supervisor.
@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import json
 import os
-import platform
 import resource
 import select
 import shutil
@@ -207,7 +206,7 @@ def change_root(folders: list[str], num_uids: int) -> None:
     attributes = struct.pack("<4Q", MOUNT_RDONLY | MOUNT_NOSUID | MOUNT_NODEV, 0, 0, 0)
     done(libc.syscall(MOUNT_SETATTR, AT_FDCWD, NEW_ROOT.encode(), AT_RECURSIVE, attributes, 32), "mount_setattr")
     os.chdir(NEW_ROOT)
-    pivot_root = {"x86_64": 155, "aarch64": 41}[platform.machine()]
+    pivot_root = {"x86_64": 155, "aarch64": 41}[os.uname().machine]
     done(libc.syscall(pivot_root, b".", b"."), "pivot_root")
     done(libc.umount2(b".", MNT_DETACH), "umount")
     os.chdir("/")
@@ -269,7 +268,7 @@ def close_in(folders: list[str], *, kept: int) -> int:
 
 def filter_supervisor() -> None:
     """Installs the supervisor's filter, which all that it forks inherits."""
-    program = cases.Filter(bpf.assemble_supervisor(platform.machine()))
+    program = cases.Filter(bpf.assemble_supervisor(os.uname().machine))
     control(cases.PR_SET_SECCOMP, cases.SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
@@ -297,8 +296,8 @@ def supervise(walls: str, folders: list[str], proc: int, *, first_uid: int, num_
         case_uid=first_uid if num_uids > 1 else None,
         sweep_uid=first_uid + 1,
         sweep=sweep,
-        compile_filter=bpf.assemble(platform.machine(), compiling=True),
-        run_filter=bpf.assemble(platform.machine(), compiling=False),
+        compile_filter=bpf.assemble(os.uname().machine, compiling=True),
+        run_filter=bpf.assemble(os.uname().machine, compiling=False),
         landlock=ruleset,
         family=family,
     )

@@ -21,7 +21,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -330,6 +329,8 @@ def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) 
     except CaseEnded as ended:
         case.end(ended.outcome, ended.detail)
     except Exception:
+        import traceback  # 3 ms of every cold start, and seldom needed
+
         failed = traceback.format_exc(limit=-3)
     case.close()
     if failed:

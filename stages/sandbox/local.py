@@ -66,7 +66,7 @@ class Walls(NamedTuple):
 
 
 def command(kind: str) -> list[str]:
-    return [sys.executable, "-P", "-s", "-S", "-B", str(FOLDER / "jail.py"), kind]
+    return [sys.executable, "-P", "-s", "-S", str(FOLDER / "jail.py"), kind]
 
 
 def environment() -> dict[str, str]:
