@@ -115,7 +115,7 @@ def train_command(args: argparse.Namespace) -> int:
     from stages.artifacts import RunDir
 
     config = resolved(overridden(preset(args.preset), args.overrides))
-    steps.check_docker()
+    steps.check_sandbox(config.sandbox.backend)
     path = args.run_dir or steps.default_path(RUNS, args.preset)
     if not (path / "config.json").exists():
         run = RunDir.create(path, config)
@@ -141,7 +141,7 @@ def resume_command(args: argparse.Namespace) -> int:
 
     run = RunDir.open(args.run)
     config = resumed(run.config(), args.overrides)
-    steps.check_docker()
+    steps.check_sandbox(config.sandbox.backend)
     return go(run, config)
 
 
@@ -252,7 +252,7 @@ def make(run: "RunDir", config: RunConfig, wanted: "list[StageId]") -> None:
 def serve_command(args: argparse.Namespace) -> int:
     from flows import server, steps
 
-    steps.check_docker()
+    steps.check_sandbox(overridden(preset(args.preset), args.overrides).sandbox.backend)
     server.connect(print)  # before Prefect is imported
     from flows.schedule import serve
 

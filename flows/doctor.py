@@ -79,6 +79,16 @@ def sandbox() -> Line:
         client.close()
 
 
+def local_sandbox() -> Line:
+    """Never fails: Docker is the backend unless somebody asks for this one."""
+    from stages.sandbox import local
+
+    try:
+        return Line("local sandbox", True, f"sandbox.backend=local would work: {local.find_walls()}")
+    except UserError as error:
+        return Line("local sandbox", True, f"sandbox.backend=local would not work: {error.message}", error.hint)
+
+
 def disk() -> Line:
     free = shutil.disk_usage(Path.cwd()).free
     ok = free >= DISK_BYTES
@@ -117,6 +127,7 @@ CHECKS: dict[str, Callable[[], Line]] = {
     "packages": packages,
     "docker": docker,
     "sandbox image": sandbox,
+    "local sandbox": local_sandbox,
     "disk": disk,
     "memory": memory,
     "tiny model": model,

@@ -169,18 +169,21 @@ def inside_flow(run: RunDir, body: Callable[[], None]) -> None:
 
 
 def reap(run: RunDir) -> None:
-    """Removes the sandbox containers that a killed start of this run left. UserError without Docker."""
+    """Removes the sandbox containers that a killed start of this run left. UserError without the Docker they are in."""
     from stages.sandbox import reap as reap_containers
 
-    removed = reap_containers(run.labels())
+    removed = reap_containers(run.labels(), backend=run.config().sandbox.backend)
     if removed:
         log.info("removed %d containers that an earlier start left", removed)
 
 
-def check_docker() -> None:
-    """Returns when a daemon answers and has the sandbox image; UserError else."""
-    from stages.sandbox import image
+def check_sandbox(backend: str) -> None:
+    """Returns when programs can be judged here: by a daemon with the image, or within local's walls; UserError else."""
+    from stages.sandbox import image, local
 
+    if backend == "local":
+        local.find_walls()
+        return
     client = image.connect()
     try:
         image.require_image(client)

@@ -126,8 +126,8 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxConfig:
-    backend: Literal["docker"] = "docker"
-    # what isolates a program
+    backend: Literal["docker", "local"] = "docker"
+    # what isolates a program: a container, or for machines without Docker this kernel's own walls
     containers: int = 2
     # warm sandboxes in the pool
     cpu_s: float = 10.0

@@ -1,6 +1,7 @@
 """The system call filters, against an interpreter of classic BPF that this test brings along."""
 
 import importlib.util
+import json
 import struct
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +107,56 @@ def test_other_architectures_and_x32_numbers_are_killed(bpf: ModuleType) -> None
     assert run(program, number=EXIT_GROUP, arch=AARCH64) == KILL
     assert run(program, number=GETRANDOM | 0x40000000) == KILL
     assert run(bpf.assemble("aarch64", compiling=False), number=94, arch=AARCH64) == ALLOW
+
+
+# What the issue of the sandbox's walls names, and what reaches other processes, files of no name, or new namespaces.
+CLOSED = {
+    "socket": 41,
+    "connect": 42,
+    "bind": 49,
+    "execve": 59,
+    "ptrace": 101,
+    "mount": 165,
+    "keyctl": 250,
+    "unshare": 272,
+    "perf_event_open": 298,
+    "setns": 308,
+    "process_vm_readv": 310,
+    "process_vm_writev": 311,
+    "bpf": 321,
+    "execveat": 322,
+    "userfaultfd": 323,
+    "io_uring_setup": 425,
+    "io_uring_enter": 426,
+    "io_uring_register": 427,
+    "pidfd_getfd": 438,
+    "open_by_handle_at": 304,
+}
+
+
+def test_a_supervisor_without_docker_may_not_do_what_is_closed(bpf: ModuleType) -> None:
+    not_permitted, not_implemented, clone3, sigchld, clone_parent = 0x00050001, 0x00050026, 435, 17, 0x8000
+    program = bpf.assemble_supervisor("x86_64")
+    assert {name: run(program, number=number) for name, number in CLOSED.items()} == dict.fromkeys(
+        CLOSED, not_permitted
+    )
+    assert run(program, number=clone3) == not_implemented
+    assert run(program, number=CLONE, arguments=(sigchld,)) == ALLOW
+    assert run(program, number=CLONE, arguments=(clone_parent | sigchld,)) == ALLOW
+    for namespace in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
+        assert run(program, number=CLONE, arguments=(namespace | sigchld,)) == not_permitted
+    assert run(program, number=OPENAT) == run(program, number=WRITE, arguments=(2,)) == ALLOW
+    assert run(program, number=EXIT_GROUP, arch=I386) == run(program, number=READ | 0x40000000) == KILL
+
+
+def test_a_container_may_not_do_what_is_closed_either() -> None:
+    path = Path(__file__).parents[1] / "containers" / "sandbox" / "seccomp.json"
+    profile = json.loads(path.read_text())
+    assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
+    allowed = {name for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
+    assert allowed & set(CLOSED) == {"execve"}  # by which its own entry point is started
+    assert not allowed & {"clone3", "add_key", "request_key", "memfd_create", "landlock_create_ruleset"}
+    assert {"action": "SCMP_ACT_ERRNO", "errnoRet": 38, "names": ["clone3"]}.items() <= profile["syscalls"][-1].items()
 
 
 def test_an_unknown_machine_is_refused(bpf: ModuleType) -> None:

@@ -1,7 +1,8 @@
 """The supervisor: holds the games, has each program run in a case, and says how the case ended.
 
-Runs as root with SETUID, SETGID and KILL only, on the standard library alone, as the container's one job. It reads
-jobs from its standard input and writes one reply a job to its standard output:
+Runs as root with SETUID, SETGID and KILL only, on the standard library alone, as the container's one job; without
+Docker jail.py puts up other walls and calls main. It reads jobs from its standard input and writes one reply a job to
+its standard output:
     message = length (4 bytes, little endian), JSON with a nonce;   reply = the message's nonce (16 bytes), length
     (4), JSON first message {"nonce", "protocol", "harnesses": {name: source}}, then {"nonce", "job"}; replies are
     written by `hello` and `judge_job`
@@ -20,7 +21,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +29,6 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import case as cases
 
 PROTOCOL_VERSION = 1
-SWEEP_UID = 10002  # no process ever has it: while the supervisor sweeps, no case may signal the supervisor
 PR_SET_CHILD_SUBREAPER = 36
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_REPLY_BYTES = 16 << 20
@@ -39,6 +38,7 @@ ADDRESS = re.compile(r"0x[0-9a-f]{4,}", re.IGNORECASE)
 MAX_NOTES = 2000
 PROBE_SHARE = 0.1  # of the CPU time that the cases took, which the probe may take on top
 PROBE_CPU_S = 0.1
+CONTAINER = cases.Place()
 CLAIMS = ("syntax_error", "foreign_import", "cheat", "crash", "memory")
 
 
@@ -54,13 +54,29 @@ class CaseEnded(Exception):
 class Nursery:
     """The supervisor's end of the nursery."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: cases.Place) -> None:
+        self.place = place
         self.control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.pid = os.fork()
         if not self.pid:
             self.control.close()
-            cases.nurse(other)
+            cases.nurse(other, place)
         other.close()
+        self.family = place.family if place.family >= 0 else open_family()
+        self.listed = self.children()
+
+    def children(self) -> set[bytes]:
+        """Returns the supervisor's children as /proc numbers them; none where the kernel keeps no such list."""
+        return set(os.pread(self.family, 1 << 16, 0).split()) if self.family >= 0 else set()
+
+    def others(self) -> set[bytes]:
+        """Returns the processes there are besides the nursery: a case, and what a case left.
+
+        Whoever loses its parent becomes a child of the supervisor: no child means no process.
+        """
+        if self.family >= 0:
+            return self.children() - self.listed
+        return processes_of(self.place.case_uid)
 
     def teach(self, harnesses: dict[str, str]) -> None:
         text = json.dumps(harnesses).encode()
@@ -69,14 +85,14 @@ class Nursery:
     def fork(self, stdin: int, stdout: int, *, memory_bytes: int, cpu_s: int) -> int:
         """Returns the pid of a new case on these descriptors."""
         socket.send_fds(self.control, [cases.ORDER.pack(memory_bytes, cpu_s)], [stdin, stdout])
-        answer = cases.read_exactly(self.control, 5)
-        return int.from_bytes(answer[:4], "little")
+        return int.from_bytes(cases.read_exactly(self.control, 4), "little")
 
 
 class Case:
     """One program's process and what is left of its limits."""
 
     def __init__(self, nursery: Nursery, limits: dict[str, Any]) -> None:
+        self.nursery = nursery
         self.cpu_s: float = limits["cpu_s"]
         self.output_left: int = limits["output_bytes"]
         self.ended: CaseEnded | None = None
@@ -227,7 +243,7 @@ class Case:
                 self.used_s = usage.ru_utime + usage.ru_stime
 
     def close(self) -> None:
-        """Lets the case go: no byte more may come, and no process of its uid stays."""
+        """Lets the case go: no byte more may come, and no process of it stays."""
         os.close(self.to_case)
         if not self.ended:
             end = time.monotonic() + LEAVE_S
@@ -246,25 +262,54 @@ class Case:
         os.close(self.from_case)
 
     def sweep(self) -> None:
-        """Kills until no process of the case's uid is left, and reaps."""
+        """Kills until no process of the case is left, and reaps."""
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.leave(LEAVE_S)
+        place = self.nursery.place
         for _ in range(1000):
             self.reap()
-            if not uid_has_process(cases.CASE_UID):
-                break
-            os.setresuid(SWEEP_UID, cases.CASE_UID, 0)
-            try:
-                os.kill(-1, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            finally:
-                os.setresuid(0, 0, 0)
+            others = self.nursery.others()
+            if not others:
+                return
+            if place.sweep == "uid":
+                kill_all_of(place)
+            elif place.sweep == "namespace":
+                self.discard = True  # the nursery dies too
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(-1, signal.SIGKILL)
+            else:
+                for name in others:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(name), signal.SIGKILL)
             time.sleep(0.0002)
-        else:
-            raise RuntimeError("a case's process could not be killed")
+        raise RuntimeError("a case's process could not be killed")
 
 
-def uid_has_process(uid: int) -> bool:
-    """Says whether a process of this uid exists, zombies included."""
+def kill_all_of(place: cases.Place) -> None:
+    """Kills every process of the case's uid, in one step and as that uid, so that no fork escapes."""
+    assert place.case_uid is not None
+    os.setresuid(place.sweep_uid, place.case_uid, 0)
+    try:
+        os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def open_family() -> int:
+    """Returns a descriptor of the list of this process's children; -1 where the kernel has none (gVisor's may not)."""
+    try:
+        return os.open("/proc/thread-self/children", os.O_RDONLY)
+    except FileNotFoundError:
+        return -1
+
+
+def processes_of(uid: int | None) -> set[bytes]:
+    """Returns the processes of this uid, zombies included."""
+    found = set()
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -274,8 +319,8 @@ def uid_has_process(uid: int) -> bool:
                 continue
             where = text.index(b"\nUid:")
             if str(uid).encode() in text[where : text.index(b"\n", where + 1)].split():
-                return True
-    return False
+                found.add(name.encode())
+    return found
 
 
 def busy_ticks() -> dict[int, int]:
@@ -355,6 +400,8 @@ def judge_job(nursery: Nursery, harnesses: dict[str, Any], job: dict[str, Any]) 
     except CaseEnded as ended:
         case.end(ended.outcome, ended.detail)
     except Exception:
+        import traceback  # 3 ms of every cold start, and seldom needed
+
         failed = traceback.format_exc(limit=-3)
     case.close()
     if failed:
@@ -404,10 +451,11 @@ def write_reply(nonce: str, reply: dict[str, Any]) -> None:
         rest = rest[os.write(1, rest) :]
 
 
-def main() -> None:
+def main(place: cases.Place = CONTAINER) -> None:
+    """Serves jobs until there are no more."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError("prctl(PR_SET_CHILD_SUBREAPER)")
-    nursery = Nursery()
+    nursery = Nursery(place)
     hello = read_message()
     if hello is None:
         return

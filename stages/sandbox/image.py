@@ -48,7 +48,8 @@ def connect(**options: Any) -> Any:
     except (docker.errors.DockerException, OSError) as error:
         raise UserError(
             f"no Docker daemon answers: {str(error).splitlines()[0][:200]}",
-            f"start Docker, or {BOOTSTRAP_HINT} as root; as another user you need to be in the group docker",
+            f"start Docker, or {BOOTSTRAP_HINT} as root; as another user you need to be in the group docker; "
+            "without Docker, sandbox.backend=local may work: flexsink doctor says so",
         ) from error
     return client
 

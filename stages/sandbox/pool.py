@@ -1,22 +1,27 @@
-"""SandboxPool: programs judged in warm containers, one thread a container.
+"""SandboxPool: programs judged in warm sandboxes, one thread a sandbox; by config.backend containers or local ones.
 
-A job that a container could not finish is tried on another one; after MAX_ATTEMPTS its future raises SandboxError. A
-container is replaced after `jobs_per_container` jobs, and at once after a timeout, an out-of-memory kill or anything
+A job that a sandbox could not finish is tried on another one; after MAX_ATTEMPTS its future raises SandboxError. A
+sandbox is replaced after `jobs_per_container` jobs, and at once after a timeout, an out-of-memory kill or anything
 it should not have said.
 """
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
 from stages.config import SandboxConfig, UserError
+from stages.sandbox.channel import Sandbox
 from stages.sandbox.container import Container, remove
 from stages.sandbox.image import connect, require_image
+from stages.sandbox.local import LocalSandbox, find_walls
 from stages.sandbox.protocol import MAX_PROGRAM_BYTES, Job, Outcome, Result, SandboxError
+
+log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 PAUSE_S = 0.3  # before each further attempt, times those already made: a daemon that restarts is away for a second
@@ -44,23 +49,16 @@ class SandboxPool:
         labels: Mapping[str, str],
         jobs_per_container: int = JOBS_PER_CONTAINER,
     ) -> None:
-        """Starts the threads, which start the containers; UserError when there is no daemon, image or runtime."""
+        """Starts the threads, which start the sandboxes; UserError when what the backend needs is not there."""
         self.config = config
         self.harnesses = dict(harnesses)
         self.labels = {**labels, LABEL: "1"}
         self.jobs_per_container = jobs_per_container
-        client = connect()
-        self.image = require_image(client)
-        if config.runtime and config.runtime not in client.info().get("Runtimes", {}):
-            raise UserError(
-                f"Docker has no runtime {config.runtime}",
-                "set sandbox.runtime to one that `docker info` lists, or to nothing",
-            )
-        client.close()
+        self.make = maker(config, harnesses=self.harnesses, labels=self.labels)
         self.waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self.closing = False
         self.lock = threading.Lock()
-        self.live: set[Container] = set()
+        self.live: set[Sandbox] = set()
         self.num_started = 0
         self.undertaker = ThreadPoolExecutor(1, thread_name_prefix="sandbox-undertaker")
         self.threads = [
@@ -87,7 +85,7 @@ class SandboxPool:
 
     def work(self) -> None:
         """The life of one thread and its container."""
-        container: Container | None = None
+        container: Sandbox | None = None
         try:
             container = self.start()
         except Exception:
@@ -120,20 +118,14 @@ class SandboxPool:
             waiting.future.set_result(result)
         self.bury(container)
 
-    def start(self) -> Container:
-        container = Container(
-            image=self.image,
-            harnesses=self.harnesses,
-            labels=self.labels,
-            memory_bytes=self.config.memory_bytes,
-            runtime=self.config.runtime,
-        )
+    def start(self) -> Sandbox:
+        container = self.make()
         with self.lock:
             self.live.add(container)
             self.num_started += 1
         return container
 
-    def bury(self, container: Container | None) -> None:
+    def bury(self, container: Sandbox | None) -> None:
         """Has the container removed while its thread goes on with another."""
         if container is not None:
             with self.lock:
@@ -171,17 +163,52 @@ class SandboxPool:
         self.close()
 
 
+def maker(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str]) -> Callable[[], Sandbox]:
+    """Returns what starts a sandbox of the configured backend; UserError when what that needs is not there."""
+    if config.backend == "local":
+        if config.runtime:
+            raise UserError(
+                f"sandbox.runtime={config.runtime} is Docker's", "leave it empty, or set sandbox.backend=docker"
+            )
+        walls = find_walls()
+        for kind, reason in walls.lacking.items():
+            log.warning("local sandboxes have no %s (%s): %s", kind, reason, walls)
+        return lambda: LocalSandbox(walls=walls, harnesses=harnesses, memory_bytes=config.memory_bytes)
+    if config.backend != "docker":
+        raise UserError(f"sandbox.backend={config.backend} is none", "set it to docker or local")
+    client = connect()
+    image = require_image(client)
+    if config.runtime and config.runtime not in client.info().get("Runtimes", {}):
+        raise UserError(
+            f"Docker has no runtime {config.runtime}",
+            "set sandbox.runtime to one that `docker info` lists, or to nothing",
+        )
+    client.close()
+    return lambda: Container(
+        image=image,
+        harnesses=harnesses,
+        labels=labels,
+        memory_bytes=config.memory_bytes,
+        runtime=config.runtime,
+    )
+
+
 def open_pool(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str]) -> SandboxPool:
     """Returns a pool of config.containers warm sandboxes that know these harnesses (name -> source text).
 
-    UserError when Docker or the image is missing. The containers bear `labels`, by which reap() finds what a killed
-    run left.
+    UserError when Docker or the image is missing, or the kernel gives too little for the backend local. Containers bear
+    `labels`, by which reap() finds what a killed run left; a local sandbox ends with the process that opened it.
     """
     return SandboxPool(config, harnesses=harnesses, labels=labels)
 
 
-def reap(labels: Mapping[str, str]) -> int:
-    """Removes the sandbox containers that bear all these labels; returns how many. UserError without a daemon."""
+def reap(labels: Mapping[str, str], *, backend: str = "docker") -> int:
+    """Removes the sandbox containers that bear all these labels; returns how many. UserError without a daemon.
+
+    The backend local leaves nothing: its sandboxes end with whoever opened them.
+    """
+    if backend == "local":
+        return 0
     client = connect()
     wanted = [LABEL, *(f"{name}={value}" for name, value in labels.items())]
     found = client.containers(all=True, filters={"label": wanted})
