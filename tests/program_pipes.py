@@ -5,6 +5,7 @@ import os
 import struct
 from concurrent.futures import Future
 
+from stages.config import SandboxConfig
 from stages.sandbox.protocol import Outcome, Result
 
 
@@ -81,6 +82,9 @@ def judge(harness, program, cases):
 
 class PipePool:
     """A pool whose jobs run at once behind pipes; `jobs` are those it was given, `fail_after` the number it can do."""
+
+    config = SandboxConfig()
+    num_waiting = 0
 
     def __init__(self, harness_source, *, fail_after=None):
         self.harness = {"__name__": "harness"}
