@@ -95,6 +95,21 @@ def parser() -> Parser:
     serve.add_argument("--stop-after-runs", type=int, default=0, metavar="N", help="end after that many runs")
     serve.set_defaults(command=serve_command)
 
+    bench = commands.add_parser("bench", help="measure this machine").add_subparsers(
+        title="benchmarks", metavar="WHAT", required=True, parser_class=Parser
+    )
+    bench_score = bench.add_parser("score", help="how fast programs are judged, and whose CPU time it takes")
+    bench_score.add_argument("overrides", nargs="*", metavar="section.key=value", help="sandbox.containers=4")
+    bench_score.add_argument(
+        "--completions", type=int, default=64, metavar="N", help="programs of the score stage (64)"
+    )
+    bench_score.add_argument("--games", type=int, default=100, metavar="N", help="games each of them plays (100)")
+    bench_score.add_argument(
+        "--cases", type=int, default=600, metavar="N", help="trivial programs judged at once (600)"
+    )
+    bench_score.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
+    bench_score.set_defaults(command=bench_score_command)
+
     doctor = commands.add_parser("doctor", help="check this machine")
     doctor.set_defaults(command=doctor_command)
     return top
@@ -246,6 +261,22 @@ def serve_command(args: argparse.Namespace) -> int:
     from flows.schedule import serve
 
     serve(args.preset, args.overrides, cron=args.cron, stop_after_runs=args.stop_after_runs, note=print)
+    return 0
+
+
+def bench_score_command(args: argparse.Namespace) -> int:
+    from stages.bench import score, show
+
+    config = overridden(RunConfig(), args.overrides)
+    sizes = {"completions": args.completions, "games": args.games, "cases": args.cases}
+    for name, least in (("completions", 1), ("games", 1), ("cases", 30)):
+        if sizes[name] < least:
+            raise UserError(f"--{name} is {sizes[name]}", f"at least {least}")
+    figures = score.measure(config, **sizes, note=lambda text: print(text, file=sys.stderr, flush=True))
+    show.print_table(figures, config)
+    if args.out:
+        words = [*args.overrides, *(f"--{name} {value}" for name, value in sizes.items())]
+        show.write(args.out, figures, config, command=" ".join(["flexsink bench score", *words]))
     return 0
 
 
