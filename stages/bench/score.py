@@ -6,10 +6,10 @@ On real sandboxes, one after another:
     flood     many trivial programs at once: cases a second, and what a case costs beside its program
     stage     the score stage over completions that hold the greedy strategy: whose CPU time it was
 
-A case is one program's process; a trivial one ends its game with its first answer. In `stage`, strategies and rules
-are what calls of strategy() and of Game.play() take, timed in the case and in the supervisor on a part of the same
-games; everything else is overhead: forks, filters, compiling, frames and pipes, the harness, the pool's threads, the
-tables written, the daemon. Standard library, pyarrow and docker only, no torch.
+A case is one program's process; a trivial one ends its game with its first answer. In `stage` two shares are told: that
+of the programs' processes and the rules, and, stricter, that of the calls of strategy() and of Game.play() alone, both
+timed in place on a few further completions. The rest is forks, filters, compiling, frames and pipes, the harness, the
+pool's threads, the tables written, the daemon. No torch is imported.
 """
 
 import dataclasses
@@ -33,47 +33,51 @@ from stages.tasks.game2048.baselines import GREEDY
 
 LABELS = {"flexsink.run": "bench-score"}
 TRIVIAL = "def strategy(board):\n    return 'no letter'\n"
-TIMED_COMPLETIONS = 4  # of those whose strategy and rules are timed apart: 400 games, 1.2 s of CPU
+TIMED_COMPLETIONS = 8  # whose strategy and rules are timed; with 100 games each they take 3 s of CPU
 GROUP_SIZE = 8
 
-# Laid over the task's own harness: the strategy's calls of a round are timed in the case, the rules by playing the
-# recorded letters once more. The greedy strategy draws no lots, so its games are those that the task plays. The clock
-# is the thread's: under RLIMIT_CPU the process's moves only at ticks and when the process sleeps (kernel,
-# posix-cpu-timers.c).
+# Laid over the task's own harness: what the strategy's calls of a round and the rules of a round take. The clock is
+# the thread's: under RLIMIT_CPU the process's moves at ticks and when the process sleeps (posix-cpu-timers.c of Linux).
 TIMED = """
 
 import struct
 import time
 
-_judge = judge
+SPENT = b"spent"
+_judge, _play, _serve, _ask_all = judge, play, serve, ask_all
+rules_s = strategy_s = 0.0
+
+
+def play(games, letters):
+    global rules_s
+    started = time.thread_time()
+    _play(games, letters)
+    rules_s += time.thread_time() - started
 
 
 def judge(cases, ask):
+    global rules_s
+    rules_s = 0.0
     rows = _judge(cases, ask)
-    (strategy_s,) = struct.unpack("<d", ask(b"spent"))
-    started = time.process_time()
-    for row, case in zip(rows, cases):
-        game = Game(case["seed"], size=case["size"], target=case["target"], max_moves=case["max_moves"])
-        for letter in row["letters"].encode():
-            game.play(letter)
-    rules_s = time.process_time() - started
+    (strategy_s,) = struct.unpack("<d", ask(SPENT))
     return [{"strategy_s": strategy_s, "rules_s": rules_s, "moves": sum(row["moves"] for row in rows)}]
 
 
+def ask_all(function, boards):
+    global strategy_s
+    started = time.thread_time()
+    letters = _ask_all(function, boards)
+    strategy_s += time.thread_time() - started
+    return letters
+
+
 def serve(function, receive, send):
-    spent = 0.0
-    while question := receive():
-        if question == b"spent":
-            send(struct.pack("<d", spent))
-            continue
-        size = question[0]
-        tiles = [1 << exponent if exponent else 0 for exponent in question[HEADER_BYTES:]]
-        rows = [tiles[start : start + size] for start in range(0, len(tiles), size)]
-        boards = [rows[start : start + size] for start in range(0, len(rows), size)]
-        started = time.thread_time()
-        letters = [function(board) for board in boards]
-        spent += time.thread_time() - started
-        send(bytes(LETTERS.get(letter, ILLEGAL) for letter in letters))
+    def received():
+        while (question := receive()) == SPENT:
+            send(struct.pack("<d", strategy_s))
+        return question
+
+    _serve(function, received, send)
 """
 
 
@@ -82,7 +86,7 @@ class Bars(NamedTuple):
 
     cases_per_s: float = 300.0
     cold_ms: float = 400.0
-    strategies_and_rules: float = 0.8
+    programs_and_rules: float = 0.8
     rules_us_per_move: float = 5.0
 
 
@@ -211,13 +215,11 @@ def stage(pool: SandboxPool, task: Task, config: RunConfig, *, completions: int,
     moves = sum(game["moves"] for result in results for game in result.cases)
     accounts = shares(used, results)
 
-    timed = [
-        pool.submit(dataclasses.replace(job, harness="timed"))
-        for job in (
-            task.job(f"timed-{n}", GREEDY, range(n * games, n * games + games), judging.limits_of(config.sandbox))
-            for n in range(min(TIMED_COMPLETIONS, completions))
-        )
-    ]
+    limits = judging.limits_of(config.sandbox)
+    timed = []
+    for number in range(TIMED_COMPLETIONS):
+        job = task.job(f"timed-{number}", GREEDY, range(number * games, (number + 1) * games), limits)
+        timed.append(pool.submit(dataclasses.replace(job, harness="timed")))
     rows = [row for future in timed for row in future.result().cases]
     timed_moves = sum(row["moves"] for row in rows)
     strategy, rules = (sum(row[name] for row in rows) / timed_moves for name in ("strategy_s", "rules_s"))
@@ -231,7 +233,8 @@ def stage(pool: SandboxPool, task: Task, config: RunConfig, *, completions: int,
         "moves_per_s": moves / seconds,
         "strategy_us_per_move": 1e6 * strategy,
         "rules_us_per_move": 1e6 * rules,
-        "share_strategies_and_rules": (strategy + rules) * moves / total,
+        "share_programs_and_rules": (accounts["program"] + rules * moves) / total,
+        "share_calls_and_rules": (strategy + rules) * moves / total,
         "share": {name: value / total for name, value in accounts.items()},
     }
 

@@ -38,10 +38,11 @@ def lines_of(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("   strategy", f"{stage['strategy_us_per_move']:.2f} us a move", ""),
         ("   rules", f"{stage['rules_us_per_move']:.2f} us a move", f"<= {bars.rules_us_per_move:.0f} us"),
         (
-            "   CPU share of strategies and rules",
-            f"{stage['share_strategies_and_rules']:.1%}",
-            f">= {bars.strategies_and_rules:.0%}",
+            "   CPU share of programs and rules",
+            f"{stage['share_programs_and_rules']:.1%}",
+            f">= {bars.programs_and_rules:.0%}",
         ),
+        ("   of strategy() and Game.play() alone", f"{stage['share_calls_and_rules']:.1%}", ""),
     ]
     lines += [(f"      {words}", f"{stage['share'][name]:.1%}", "") for name, words in PARTS.items()]
     return lines
