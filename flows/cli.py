@@ -105,6 +105,21 @@ def parser() -> Parser:
     check.add_argument("--runtime", default="", metavar="R", help="Docker runtime to attack, such as runsc")
     check.set_defaults(command=self_check_command)
 
+    bench = commands.add_parser("bench", help="measure this machine").add_subparsers(
+        title="benchmarks", metavar="WHAT", required=True, parser_class=Parser
+    )
+    bench_score = bench.add_parser("score", help="how fast programs are judged, and whose CPU time it takes")
+    bench_score.add_argument("overrides", nargs="*", metavar="section.key=value", help="sandbox.containers=4")
+    bench_score.add_argument(
+        "--completions", type=int, default=64, metavar="N", help="programs of the score stage (64)"
+    )
+    bench_score.add_argument("--games", type=int, default=100, metavar="N", help="games each of them plays (100)")
+    bench_score.add_argument(
+        "--cases", type=int, default=600, metavar="N", help="trivial programs judged at once (600)"
+    )
+    bench_score.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
+    bench_score.set_defaults(command=bench_score_command)
+
     doctor = commands.add_parser("doctor", help="check this machine")
     doctor.set_defaults(command=doctor_command)
     return top
@@ -264,6 +279,22 @@ def self_check_command(args: argparse.Namespace) -> int:
     from stages.self_check import self_check
 
     return self_check(backend=args.backend, runtime=args.runtime, words=args.only)
+
+
+def bench_score_command(args: argparse.Namespace) -> int:
+    from stages.bench import score, show
+
+    config = overridden(RunConfig(), args.overrides)
+    sizes = {"completions": args.completions, "games": args.games, "cases": args.cases}
+    for name, least in (("completions", 1), ("games", 1), ("cases", 30)):
+        if sizes[name] < least:
+            raise UserError(f"--{name} is {sizes[name]}", f"at least {least}")
+    figures = score.measure(config, **sizes, note=lambda text: print(text, file=sys.stderr, flush=True))
+    show.print_table(figures, config)
+    if args.out:
+        words = [*args.overrides, *(f"--{name} {value}" for name, value in sizes.items())]
+        show.write(args.out, figures, config, command=" ".join(["flexsink bench score", *words]))
+    return 0
 
 
 def doctor_command(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from flows import steps
 from flows.progress import Lines
 from stages.artifacts import RunDir, Session, StageId
 from stages.config import RunConfig
+from stages.tasks import early
 
 
 def loop(config: RunConfig, step: Callable[[StageId], object]) -> None:
@@ -38,6 +39,7 @@ def train(run: RunDir, config: RunConfig, view: Lines) -> None:
         if config != run.config():
             run.save_config(config)
         steps.reap(run)
+        early.enable(session)
         if find_spec("prefect") is None:
             view.note("Prefect is not installed: the run goes on without its UI")
             loop(config, steps.local(run, config, session, view))

@@ -3,11 +3,14 @@
     python -m stages.rollout --run-dir R --iteration 3
 
 Writes rollouts-*.parquet. Every finished completion is journalled at once, so a killed rollout goes on with what is
-missing, and since a completion's tokens depend on its own seed alone, the result is the same.
+missing, and since a completion's tokens depend on its own seed alone, the result is the same. Where the session has it
+enabled, its program goes to the sandboxes at the same time (stages/tasks/early.py); no verdict is waited for.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from stages.artifacts import StageContext, derive
 from stages.artifacts.command import main as command_main
@@ -15,6 +18,7 @@ from stages.artifacts.parquet import ROLLOUTS, write_parts
 from stages.engine import Completion, Engine, Request, SamplingParams
 from stages.model.policy import live_policy
 from stages.tasks import registry
+from stages.tasks.early import early_judging
 
 
 def run(context: StageContext) -> None:
@@ -24,7 +28,7 @@ def run(context: StageContext) -> None:
     policy = live_policy(context, iteration)
     task = registry.get(config.task.name, config.task.option_values())
     prompts = task.prompts(config.rollout.prompts, iteration, config.train.seed)
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     requests = []
     for group, prompt in enumerate(prompts):
         prompt_ids = policy.render(prompt.messages)
@@ -49,14 +53,21 @@ def run(context: StageContext) -> None:
             }
 
     journal = context.journal("completions")
-    finished: dict[str, dict[str, object]] = {str(record["completion_id"]): record for record in journal.records()}
+    finished: dict[str, dict[str, Any]] = {str(record["completion_id"]): record for record in journal.records()}
     missing = [request for request in requests if request.completion_id not in finished]
     num_tokens, started = 0, time.perf_counter()
+    early = early_judging(context)
+    early.open(context, task)
+
+    def judge_early(record: Mapping[str, Any]) -> None:
+        completion_id = record["completion_id"]
+        early.start(completion_id, rows[completion_id]["group_index"], policy.decode(record["completion_ids"]))
 
     def keep(completion: Completion) -> None:
         record = asdict(completion)
         journal.append(record)
         finished[completion.completion_id] = record
+        judge_early(record)
         report()
 
     def count(sampled: int) -> None:
@@ -65,9 +76,11 @@ def run(context: StageContext) -> None:
 
     def report() -> None:
         rate = num_tokens / max(time.perf_counter() - started, 1e-9)
-        context.progress(len(finished), len(requests), "completions", **{"tokens/s": round(rate)})
+        context.progress(len(finished), len(requests), "completions", **{"tokens/s": round(rate)}, **early.figures)
 
     report()
+    for record in finished.values():
+        judge_early(record)
     if missing:
         engine = Engine(policy, max_slots=config.rollout.max_slots, max_new_tokens=config.rollout.max_new_tokens)
         engine.run(missing, on_finished=keep, on_step=count)

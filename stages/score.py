@@ -4,7 +4,8 @@
 
 Reads the rollout's parts; writes scores-*.parquet in completion_id order, one column for each reward function beside
 their sum, and the columns of stages/tasks/checks.py, which say more of a program and are part of no reward. All
-completions of a group meet the same hidden seeds. Every verdict is journalled at once and never made again. A sandbox
+completions of a group meet the same hidden seeds. Programs that the rollout handed over are being judged already; the
+rest follow no faster than the pool takes them. Every verdict is journalled at once and never made again. A sandbox
 that fails is an exception, so it is never taken for a program that failed.
 """
 
@@ -13,8 +14,10 @@ import time
 from stages.artifacts import StageContext, StageId
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
+from stages.sandbox import SandboxPool
 from stages.tasks import judging, registry, tables
 from stages.tasks.base import Score
+from stages.tasks.early import early_judging
 from stages.tasks.judging import Attempt
 
 
@@ -26,13 +29,7 @@ def run(context: StageContext) -> None:
     columns = ["completion_id", "group_index", "completion"]
     folder = context.input(StageId("rollout", iteration))
     rollouts = read_table(folder, "rollouts", ROLLOUTS, columns=columns).to_pylist()
-    seeds = {
-        group: tuple(task.training_seeds(config.train.seed, iteration, group))
-        for group in sorted({row["group_index"] for row in rollouts})
-    }
-    attempts = [
-        Attempt(row["completion_id"], task.extract(row["completion"]), seeds[row["group_index"]]) for row in rollouts
-    ]
+    attempts = [judging.training_attempt(context, task, **row) for row in rollouts]
 
     journal = context.journal("verdicts")
     scores = {record["completion_id"]: judging.from_record(record) for record in journal.records()}
@@ -44,14 +41,21 @@ def run(context: StageContext) -> None:
 
     def report() -> None:
         mean = sum(score.reward for score in scores.values()) / max(len(scores), 1)
-        context.progress(len(scores), len(attempts), "completions", **{"mean reward": round(mean, 3)})
+        figures: dict[str, float | str] = {"mean reward": round(mean, 3)}
+        if pool is not None and pool.num_waiting:
+            figures["waiting"] = pool.num_waiting
+        context.progress(len(scores), len(attempts), "completions", **figures)
 
+    pool: SandboxPool | None = None
     report()
     started = time.perf_counter()
     missing = [attempt for attempt in attempts if attempt.attempt_id not in scores]
+    early = early_judging(context)
     if missing:
         pool = judging.sandbox_of(context, task)
-        judging.judge(missing, task=task, pool=pool, limits=judging.limits_of(config.sandbox), on_score=keep)
+        limits = judging.limits_of(config.sandbox)
+        judging.judge(missing, task=task, pool=pool, limits=limits, on_score=keep, begun=early.take)
+    early.close()
     context.timings.append({"what": "judge", "seconds": time.perf_counter() - started})
 
     rows = [

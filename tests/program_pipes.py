@@ -6,6 +6,7 @@ import struct
 import time
 from concurrent.futures import Future
 
+from stages.config import SandboxConfig
 from stages.sandbox.protocol import Outcome, Result
 
 
@@ -83,6 +84,9 @@ def judge(harness, program, cases, *, entry="strategy"):
 
 class PipePool:
     """A pool whose jobs run at once behind pipes; `jobs` are those it was given, `fail_after` the number it can do."""
+
+    config = SandboxConfig()
+    num_waiting = 0
 
     def __init__(self, harness_source, *, fail_after=None):
         self.harness = {"__name__": "harness"}

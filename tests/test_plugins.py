@@ -23,7 +23,7 @@ from tests.test_flow import run_locally
 from tests.test_score import rollout_row
 
 ROOT = Path(__file__).parents[1]
-COINS = ROOT / "examples" / "coins"
+COINS = ROOT / "tests" / "examples" / "coins"
 TASK = """
 from stages.tasks.base import Task
 class Good(Task):

@@ -81,6 +81,10 @@ class Session:
         item: Built = self._items[name]
         return item
 
+    def find(self, name: str) -> Any:
+        """The item of that name, None where nobody has asked for it yet."""
+        return self._items.get(name)
+
     def drop(self, name: str) -> None:
         """Closes and forgets one item, if it is there."""
         close(self._items.pop(name, None))

@@ -83,6 +83,11 @@ class SandboxPool:
             self.waiting.put(Waiting(job, future))
         return future
 
+    @property
+    def num_waiting(self) -> int:
+        """How many jobs no container has taken yet."""
+        return self.waiting.qsize()
+
     def work(self) -> None:
         """The life of one thread and its container."""
         container: Sandbox | None = None

@@ -1,7 +1,7 @@
 """What a task is to the stages: prompts and seeds going in, a job for the sandbox, a score coming out.
 
 A task of your own is a subclass of Task with a name, a title, an entry, three rewards, the columns of a case, `prompt`
-and `grade`, and a harness.py beside it; all else has a default. README.md has one, examples/coins another.
+and `grade`, and a harness.py beside it; all else has a default. README.md has one, tests/examples/coins another.
 """
 
 import abc

@@ -5,16 +5,19 @@ same. What the sandbox itself could not do is an exception here, never a score.
 """
 
 import dataclasses
+import queue
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from stages.artifacts import StageContext
 from stages.config import SandboxConfig, UserError
-from stages.sandbox import Limits, Outcome, Result, SandboxPool, open_pool
+from stages.sandbox import Job, Limits, Outcome, Result, SandboxPool, open_pool
 from stages.tasks import checks
 from stages.tasks.base import Score, Task
 
+MAX_WAITING = 32  # jobs in the queue for each container: none of them idles, and few programs are held twice
 CHEATS = (Outcome.cheat, Outcome.foreign_import)
 
 
@@ -51,6 +54,20 @@ def sandbox_of(context: StageContext, task: Task) -> SandboxPool:
     )
 
 
+def training_attempt(
+    context: StageContext, task: Task, *, group_index: int, completion_id: str, completion: str
+) -> Attempt:
+    """Returns how a completion of this iteration is judged: all of a group meet the same hidden seeds."""
+    assert context.stage.index is not None
+    seeds = task.training_seeds(context.config.train.seed, context.stage.index, group_index)
+    return Attempt(completion_id, task.extract(completion), tuple(seeds))
+
+
+def max_waiting(config: SandboxConfig) -> int:
+    """Returns how many jobs may wait in the pool's queue before whoever submits has to wait."""
+    return MAX_WAITING * config.containers
+
+
 def judge(
     attempts: Sequence[Attempt],
     *,
@@ -58,9 +75,12 @@ def judge(
     pool: SandboxPool,
     limits: Limits,
     on_score: Callable[[Attempt, Score], None] | None = None,
+    begun: Callable[[Job], "Future[Result] | None"] = lambda job: None,
 ) -> list[Score]:
     """Returns the scores of the attempts in their order; `on_score` hears of each at once, on the caller's thread.
 
+    begun(job): the future of a job that asks the same and is in the pool already, which is then not submitted again.
+    Of the others no more are submitted than the pool's queue may hold; the rest follow as verdicts come in.
     Errors: SandboxError when the sandbox failed repeatedly; attempts already heard of stand.
     """
     scores: dict[str, Score] = {}
@@ -79,20 +99,39 @@ def judge(
         else:
             alike.setdefault((attempt.program, attempt.seeds), []).append(attempt)
     running: dict[Future[Result], list[Attempt]] = {}
+    done: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
+
+    def follow(future: Future[Result], same: list[Attempt]) -> None:
+        running[future] = same
+        future.add_done_callback(done.put)
+
+    rest: deque[tuple[Job, list[Attempt]]] = deque()
     try:
         for (program, seeds), same in alike.items():
-            running[pool.submit(task.job(same[0].attempt_id, program, seeds, limits))] = same
-        while running:
-            failures = []
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = task.job(same[0].attempt_id, program, seeds, limits)
+            future = begun(job)
+            if future is None:
+                rest.append((job, same))
+            else:
+                follow(future, same)
+        failure: BaseException | None = None
+        while failure is None and (running or rest):
+            while rest and (not running or pool.num_waiting < max_waiting(pool.config)):
+                job, same = rest.popleft()
+                follow(pool.submit(job), same)
+            future = done.get()
+            while True:  # what is done already is kept, even where one of them failed
                 same = running.pop(future)
-                failure = future.exception()
-                if failure is None:
+                error = future.exception()
+                if error is None:
                     settle(same, future.result())
-                else:
-                    failures.append(failure)
-            if failures:
-                raise failures[0]
+                failure = failure or error
+                try:
+                    future = done.get_nowait()
+                except queue.Empty:
+                    break
+        if failure is not None:
+            raise failure
     finally:
         for future in running:
             future.cancel()

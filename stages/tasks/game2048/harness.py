@@ -51,8 +51,7 @@ def judge(cases, ask):  # type: ignore[no-untyped-def]
             break
         if len(answer) != len(running):
             answer = bytes(len(running))
-        for game, letter in zip(running, answer, strict=True):
-            game.play(letter)
+        play(running, answer)
         running = [game for game in running if not game.state]
     return [game.record() for game in games]
 
@@ -93,6 +92,12 @@ def boards_of(size):  # type: ignore[no-untyped-def]
     return boards
 
 
+def play(games, letters):  # type: ignore[no-untyped-def]
+    """Plays one letter in each game."""
+    for game, letter in zip(games, letters, strict=True):
+        game.play(letter)
+
+
 def serve(function, receive, send):  # type: ignore[no-untyped-def]
     """Answers questions with what `function(board)` returns, until there are none; its exceptions go to the sandbox."""
     values = [0] + [1 << exponent for exponent in range(1, 256)]
@@ -102,9 +107,12 @@ def serve(function, receive, send):  # type: ignore[no-untyped-def]
         if question[1:HEADER_BYTES] != seed:
             seed = question[1:HEADER_BYTES]
             random.seed(int.from_bytes(seed, "little"))
-        answer = bytearray()
         tiles = [values[exponent] for exponent in question[HEADER_BYTES:]]
-        for start in range(0, len(tiles), size * size):
-            letter = function([tiles[row : row + size] for row in range(start, start + size * size, size)])
-            answer.append(LETTERS.get(letter, ILLEGAL) if type(letter) is str else ILLEGAL)
-        send(bytes(answer))
+        rows = [tiles[start : start + size] for start in range(0, len(tiles), size)]
+        letters = ask_all(function, [rows[start : start + size] for start in range(0, len(rows), size)])
+        send(bytes([LETTERS.get(letter, ILLEGAL) if type(letter) is str else ILLEGAL for letter in letters]))
+
+
+def ask_all(function, boards):  # type: ignore[no-untyped-def]
+    """Returns what the program answers to each board."""
+    return [function(board) for board in boards]

@@ -1,6 +1,6 @@
 """Coins: the model writes `strategy(board)`, which walks on a board of coins; the more it collects the more it earns.
 
-    pip install -e examples/coins
+    pip install -e tests/examples/coins
     flexsink train tiny task.name=coins task.size=5
 
 The reward is works + no_cheating + coins, as stages/tasks/base.py has it; coins is 10 times the share collected of what
