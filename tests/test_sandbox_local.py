@@ -82,6 +82,7 @@ def serve(function, receive, send):
         send(str(function(question.decode())).encode())
 """
 HONEST = "def say(question):\n    return question.upper()\n"
+LETTERS = "\u540d = '\\N{DIGIT ONE}'\ndef say(\uff58):\n    return \u540d + x\n"
 
 
 def doing(body: str) -> str:
@@ -167,6 +168,7 @@ def answers(request: pytest.FixtureRequest, copy: Path) -> dict[str, Any]:
     user, kind = request.param
     jobs = [
         echo("honest", HONEST, guarded=True),
+        echo("letters", LETTERS, guarded=True),
         {**echo("look", HONEST), "harness": "look"},
         echo("opens a file", doing("return open('/etc/passwd').read()")),
         echo("forks", doing("import os\nos.fork()")),
@@ -206,6 +208,11 @@ def test_what_a_program_must_not_do_has_its_outcome(answers: dict[str, Any]) -> 
         "output_limit",
         "timeout",
     )
+
+
+def test_letters_that_python_looks_up_are_no_system_call(answers: dict[str, Any]) -> None:
+    assert answers["letters"]["outcome"] == "ok"
+    assert answers["letters"]["cases"][0] == {"answer": "1{'a': 1}"}
 
 
 def test_one_case_has_a_uid_of_its_own_where_root_can_give_it(answers: dict[str, Any]) -> None:
