@@ -14,10 +14,10 @@ The code inside is containers/sandbox, the same for both backends. Walls, from t
    leaves read and write on its two pipes, memory that is not executable, futex, clock_gettime, getrandom and exit;
    limits on address space, CPU and output; no further process, thread or file. The verdict is computed in another
    process, and the judge's data never enter the program's.
-2. docker: another uid than the supervisor's; seccomp.json for the whole container (an allow-list: of moby's default what
-   a supervisor needs; io_uring, ptrace, userfaultfd, keyctl, bpf, perf_event_open and further namespaces are not in it,
-   clone3 is answered ENOSYS); no network, no device but Docker's harmless ones, a read-only root, all capabilities
-   dropped but SETUID, SETGID and KILL, no new privileges, limits of memory, CPU and processes for the container.
+2. docker: another uid than the supervisor's; seccomp.json for the whole container (an allow-list: of moby's default
+   what a supervisor needs; io_uring, ptrace, userfaultfd, keyctl, bpf, perf_event_open and further namespaces are not
+   in it, clone3 is answered ENOSYS); no network, no device but Docker's harmless ones, a read-only root, all
+   capabilities dropped but SETUID, SETGID and KILL, no new privileges, limits of memory, CPU and processes for the container.
    local: the same by the kernel's own means (containers/sandbox/jail.py): user, pid, mount, net, ipc and uts namespaces
    with an empty read-only root, Landlock, and a filter as narrow as seccomp.json; without namespaces Landlock and the
    filters. With one uid for supervisor and programs (no root, no newuidmap) a Landlock domain for every case, process
@@ -28,7 +28,7 @@ network, the disk or the host through system calls. Neither protects from
 
 - a hole in the few system calls that are left, or in the processor (side channels between programs and supervisor);
   with docker sandbox.runtime=runsc puts gVisor's kernel between, and `dockerd --userns-remap=default` makes the
-  container's root an ordinary user of the host: nothing here needs to be changed for it;
+  container's root an ordinary user of the host. Nothing here needs to be changed for either; the tests run neither;
 - a program that is slow on purpose: it costs its CPU limit each time;
 - whoever may talk to the Docker daemon, who is root there.
 
