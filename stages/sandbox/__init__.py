@@ -17,7 +17,8 @@ The code inside is containers/sandbox, the same for both backends. Walls, from t
 2. docker: another uid than the supervisor's; seccomp.json for the whole container (an allow-list: of moby's default
    what a supervisor needs; io_uring, ptrace, userfaultfd, keyctl, bpf, perf_event_open and further namespaces are not
    in it, clone3 is answered ENOSYS); no network, no device but Docker's harmless ones, a read-only root, all
-   capabilities dropped but SETUID, SETGID and KILL, no new privileges, limits of memory, CPU and processes for the container.
+   capabilities dropped but SETUID, SETGID and KILL, no new privileges, limits of the container's memory, CPU and
+   processes.
    local: the same by the kernel's own means (containers/sandbox/jail.py): user, pid, mount, net, ipc and uts namespaces
    with an empty read-only root, Landlock, and a filter as narrow as seccomp.json; without namespaces Landlock and the
    filters. With one uid for supervisor and programs (no root, no newuidmap) a Landlock domain for every case, process
