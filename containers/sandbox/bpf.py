@@ -70,7 +70,7 @@ SUPERVISOR_NUMBERS = """
     getrusage 98 165, sysinfo 99 179, getuid 102 174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173,
     setgroups 116 159, setresuid 117 147, getresuid 118 148, setresgid 119 149, getresgid 120 150,
     sigaltstack 131 132, prctl 157 167, arch_prctl 158 -, setrlimit 160 164, gettid 186 178,
-    sched_getaffinity 204 123, getdents64 217 61, set_tid_address 218 96, restart_syscall 219 128,
+    sched_setaffinity 203 122, sched_getaffinity 204 123, getdents64 217 61, set_tid_address 218 96, restart_syscall 219 128,
     clock_getres 229 114, clock_nanosleep 230 115, tgkill 234 131, waitid 247 95, openat 257 56, newfstatat 262 79,
     readlinkat 267 78, faccessat 269 48, ppoll 271 73, set_robust_list 273 99, dup3 292 24, pipe2 293 59,
     prlimit64 302 261, seccomp 317 277, statx 332 291, rseq 334 293, pidfd_open 434 434, close_range 436 436,

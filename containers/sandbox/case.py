@@ -58,6 +58,7 @@ class Place(NamedTuple):
     run_filter: bytes = b""
     landlock: int = -1  # descriptor of a Landlock ruleset for cases
     family: int = -1  # descriptor of the supervisor's list of children; -1: it opens that itself
+    ticks: int = -1  # descriptor of /proc/stat, likewise
 
 
 def read_filter(name: str) -> bytes:
