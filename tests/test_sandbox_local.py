@@ -1,5 +1,6 @@
 """The backend local: real namespaces, Landlock and seccomp, as root and as a user without any right."""
 
+import importlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from flows import doctor, steps
 from flows.config import overridden
 from flows.presets import tiny
 from stages.config import SandboxConfig, UserError
-from stages.sandbox import local, open_pool, reap
+from stages.sandbox import Job, local, open_pool, reap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the backend local is made of Linux's walls")
 
@@ -82,6 +83,7 @@ def serve(function, receive, send):
         send(str(function(question.decode())).encode())
 """
 HONEST = "def say(question):\n    return question.upper()\n"
+LETTERS = "\u540d = '\\N{DIGIT ONE}'\ndef say(\uff58):\n    return \u540d + x\n"
 
 
 def doing(body: str) -> str:
@@ -167,6 +169,7 @@ def answers(request: pytest.FixtureRequest, copy: Path) -> dict[str, Any]:
     user, kind = request.param
     jobs = [
         echo("honest", HONEST, guarded=True),
+        echo("letters", LETTERS, guarded=True),
         {**echo("look", HONEST), "harness": "look"},
         echo("opens a file", doing("return open('/etc/passwd').read()")),
         echo("forks", doing("import os\nos.fork()")),
@@ -206,6 +209,11 @@ def test_what_a_program_must_not_do_has_its_outcome(answers: dict[str, Any]) -> 
         "output_limit",
         "timeout",
     )
+
+
+def test_letters_that_python_looks_up_are_no_system_call(answers: dict[str, Any]) -> None:
+    assert answers["letters"]["outcome"] == "ok"
+    assert answers["letters"]["cases"][0] == {"answer": "1{'a': 1}"}
 
 
 def test_one_case_has_a_uid_of_its_own_where_root_can_give_it(answers: dict[str, Any]) -> None:
@@ -316,6 +324,38 @@ def test_where_namespaces_are_off_landlock_takes_over_and_says_why(copy: Path) -
     if "unshare failed" in done.stderr:
         pytest.skip("no user namespaces here")
     assert done.stdout.startswith("no namespaces, one uid, Landlock"), done.stderr
+
+
+def test_a_sandbox_that_is_killed_in_mid_run_loses_no_job() -> None:
+    try:
+        local.find_walls()
+    except UserError as error:
+        pytest.skip(error.message)
+    slow = "def say(question):\n    for _ in range(3 * 10 ** 6):\n        pass\n    return question.upper()\n"
+    with open_pool(SandboxConfig(backend="local", containers=1), harnesses={"echo": ECHO}, labels={}) as pool:
+        answer = pool.submit(Job(job_id="1", **job_of(slow)))
+        while not (pool.live and answer.running()):
+            time.sleep(0.005)
+        (sandbox,) = pool.live
+        assert isinstance(sandbox, local.LocalSandbox)
+        sandbox.warden.kill()
+        assert answer.result(timeout=60).cases == ({"answer": "{'A': 1}"}, {"answer": "{'B': 2}"})
+        assert pool.num_started == 2
+
+
+def job_of(program: str) -> dict[str, Any]:
+    job = echo("", program, guarded=True)
+    return {**{name: value for name, value in job.items() if name != "name"}, "cases": tuple(job["cases"])}
+
+
+def test_subordinate_ids_are_this_users_and_at_least_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(local.FOLDER))
+    jail = importlib.import_module("jail")
+    table = tmp_path / "subuid"
+    table.write_text(f"somebody:100000:65536\n{os.getuid()}:200000:1\n{os.getuid()}:300000:2\n")
+    assert jail.subordinate(str(table)) == 300000
+    table.write_text("somebody:100000:65536\n")
+    assert jail.subordinate(str(table)) == jail.subordinate(str(tmp_path / "none")) == 0
 
 
 def refuse(kind: str) -> dict[str, int]:

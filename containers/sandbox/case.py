@@ -60,6 +60,7 @@ class Place(NamedTuple):
     run_filter: bytes = b""
     landlock: int = -1  # descriptor of a Landlock ruleset for cases
     family: int = -1  # descriptor of the supervisor's list of children; -1: it opens that itself
+    ticks: int = -1  # descriptor of /proc/stat, likewise
 
 
 def read_filter(name: str) -> bytes:
@@ -271,7 +272,9 @@ def compile_warm() -> None:
     import warnings
 
     warnings.simplefilter("ignore")
-    for text in ("'\\d' is 1\nassert (1, 'a')\nf'{1!r:>4}'", "def f(:", "x = 1 +", "\x00"):
+    # The last two need unicodedata, which is a shared library in some Pythons.
+    texts = ("'\\d' is 1\nassert (1, 'a')\nf'{1!r:>4}'", "def f(:", "x = 1 +", "\x00", "\uff41 = 1", "'\\N{DIGIT ONE}'")
+    for text in texts:
         with contextlib.suppress(programs.Refused):
             programs.compile_checked(text, entry="f", guarded=True)
-    "\N{DIGIT ONE}".encode("utf-8", "backslashreplace")
+    "\ud800".encode("utf-8", "backslashreplace")

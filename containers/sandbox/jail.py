@@ -283,6 +283,7 @@ def supervise(walls: str, folders: list[str], proc: int, *, first_uid: int, num_
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     control(PR_SET_PDEATHSIG, signal.SIGKILL)
     family = os.open("thread-self/children", os.O_RDONLY, dir_fd=proc)
+    ticks = os.open("stat", os.O_RDONLY, dir_fd=proc)
     os.close(proc)
     ruleset = close_in(folders, kept=CAPABILITIES if num_uids > 1 else 0)
     control(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of privileges takes it away
@@ -300,6 +301,7 @@ def supervise(walls: str, folders: list[str], proc: int, *, first_uid: int, num_
         run_filter=bpf.assemble(os.uname().machine, compiling=False),
         landlock=ruleset,
         family=family,
+        ticks=ticks,
     )
     supervisor.main(place)
     os._exit(0)
