@@ -340,7 +340,7 @@ def speedup(pool: SandboxPool, program: str, *, guarded: bool = True) -> float:
 
 
 def test_three_loops_are_as_fast_as_the_baseline_and_better_programs_faster(pool: SandboxPool) -> None:
-    found = {name: speedup(pool, BASELINES[name]) for name in BASELINES}
+    found = {name: speedup(pool, BASELINES[name]) for name in ("three_loops", "columns_once", "four_rows")}
     print("\n" + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     assert 0.7 < found["three_loops"] < 1.3
     assert found["four_rows"] > 1.4 * found["three_loops"]
