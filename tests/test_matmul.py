@@ -274,6 +274,7 @@ def test_a_clock_that_stands_still_gives_a_finite_speed(harness):
     assert math.isfinite(record["speedup"])
 
 
+@pytest.mark.timed
 def test_an_exchange_without_a_product_costs_little_beside_the_fastest_baseline(harness):
     """What both sides pay for reading inputs and writing answers, at the sizes that are timed by default."""
     A, B = harness["inputs"](1, 0, (32, 32, 32))
