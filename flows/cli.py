@@ -65,9 +65,7 @@ def parser() -> Parser:
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
     plan.set_defaults(command=plan_command)
 
-    inspect = commands.add_parser(
-        "inspect", help="look at groups, completions, rewards, programs and what came of them"
-    )
+    inspect = commands.add_parser("inspect", help="look at groups, completions, rewards, programs, verdicts")
     stages.runs.add_inspect_arguments(inspect)
     inspect.set_defaults(command=stages.runs.inspect)
 

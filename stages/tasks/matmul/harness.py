@@ -11,7 +11,8 @@ What is timed is CPU time, which a busy machine disturbs less than the clock on 
 program's process used from the end of the last answer to the end of this one: reading the inputs, computing, writing
 the answer, and whatever it did in between, so that work put off or done ahead is paid for. The baseline runs in the
 supervisor's process by turns with it, on the same CPU and inputs and through the same `answer`; no program can touch
-it. Before each trial more memory than the CPU's caches hold is overwritten; in every other trial the baseline is first.
+it. Reading and writing, a twentieth of the three loops' time at the default sizes, counts on both sides. Before each
+trial more memory than the CPU's caches hold is overwritten, and in every other trial the baseline is first.
 
 The sandbox ships this file as it is and runs `judge` in the supervisor, `serve` in the program's process.
 """
