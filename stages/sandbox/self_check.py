@@ -189,15 +189,16 @@ def attack_pool(
     SandboxError when an arena's honest program is not even judged right before the first attack.
     """
     attacks = tuple(attacks)
-    for name in sorted({attack.task for attack in attacks}):
+    for name in sorted({attack.task for attack in attacks} & set(arenas)):
         if words := honest_failure(pool, arenas[name]):
             raise SandboxError(f"{name}, before any attack: {words}")
     for attack in attacks:
-        arena = arenas[attack.task]
         for mode in attack.expected:
-            if backend in attack.skipped:
-                yield Finding(attack=attack, mode=mode, result=None, failure="", skipped=attack.skipped[backend])
+            reason = attack.skipped.get(backend, "" if attack.task in arenas else f"{attack.task} has no judge")
+            if reason:
+                yield Finding(attack=attack, mode=mode, result=None, failure="", skipped=reason)
                 continue
+            arena = arenas[attack.task]
             finding = attack_once(pool, attack, mode, arena)
             after = honest_failure(pool, arena)
             failure = "; ".join(words for words in (finding.failure, after and f"after it {after}") if words)
