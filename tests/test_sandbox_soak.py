@@ -7,7 +7,6 @@ FLEXSINK_SOAK_CASES=50000 makes it the long one (25 times CI's 2 000).
 import gc
 import os
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -123,7 +122,6 @@ def settle(waiting: list) -> list[str]:
 @pytest.mark.timeout(60 + CASES * 0.1)
 def test_hostile_and_honest_cases_mixed_leave_nothing_behind() -> None:
     before = own_use()
-    others = machine_processes()
     with opened("docker", harnesses={"pick": HARNESS}, run=RUN, containers=2, memory_bytes=LIMITS.memory_bytes) as pool:
         wrong = judge(pool, CASES // 4, seed=1)
         warm = own_use()
@@ -135,11 +133,13 @@ def test_hostile_and_honest_cases_mixed_leave_nothing_behind() -> None:
         assert end.descriptors <= warm.descriptors + 2
         left = containers()
         assert len(left) <= 4  # two, and two that are being removed
+        seen = {pid for container in pool.live for pid in inside(container.id)}
+        assert len(seen) == 3 * len(pool.live)  # init, supervisor, nursery: no case is left
     wait_until(lambda: not containers())
     after = own_use()
     assert after.descriptors <= before.descriptors + 1
     assert after.threads <= before.threads + 1
-    wait_until(lambda: machine_processes() <= others)
+    assert not cases_of(seen), "a case lives on without its container"
     print(f"\n{CASES} cases: {(end.memory - warm.memory) / MIB:+.1f} MiB, {pool.num_started} containers")
 
 
@@ -179,10 +179,9 @@ def stays(attack: object) -> bool:
     return attack.name in ("patches-the-way-out", "claims-a-crash-and-goes-on", "leaves-a-del-that-loops")  # type: ignore[attr-defined]
 
 
-def machine_processes() -> int:
-    """How many processes run under the uid of the cases."""
-    lines = subprocess.run(["ps", "-eo", "uid="], capture_output=True, text=True, check=True).stdout.split()
-    return lines.count("10001")
+def cases_of(seen: set[int]) -> list[int]:
+    """Which of these processes still run."""
+    return [pid for pid in seen if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
