@@ -6,7 +6,8 @@
     container.py   the backend docker
     local.py       the backend local, for machines without Docker
     image.py       the container's image and where it comes from
-    self_check.py  the attacks that any backend must survive
+    attacks/       the attacks that any backend must survive, one file each; corpus.py reads them
+    self_check.py  attacks a pool with them, and looks for the proof that each ran
 
 The code inside is containers/sandbox, the same for both backends. Walls, from the program outwards:
 
