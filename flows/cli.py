@@ -1,6 +1,7 @@
 """The command `flexsink`. Heavy imports are inside the subcommands: `flexsink --help` takes a fraction of a second.
 
-Exit codes: 0 done; 2 an expected failure, told as `error: ...` and `hint: ...`; 130 interrupted.
+Exit codes: 0 done; 1 the self-check failed; 2 an expected failure, told as `error: ...` and `hint: ...`; 130
+interrupted.
 """
 
 import argparse
@@ -94,6 +95,13 @@ def parser() -> Parser:
     serve.add_argument("--cron", required=True, metavar="CRON", help='for example "0 3 * * *"')
     serve.add_argument("--stop-after-runs", type=int, default=0, metavar="N", help="end after that many runs")
     serve.set_defaults(command=serve_command)
+
+    check = commands.add_parser("self-check", help="attack the sandbox with every known attack; exit 1 if one succeeds")
+    check.add_argument("what", choices=["sandbox"], metavar="sandbox")
+    check.add_argument("only", nargs="*", metavar="WORD", help="only attacks whose name, kind or task holds it")
+    check.add_argument("--backend", default="docker", metavar="BACKEND", help="sandbox.backend to attack (docker)")
+    check.add_argument("--runtime", default="", metavar="R", help="Docker runtime to attack, such as runsc")
+    check.set_defaults(command=self_check_command)
 
     doctor = commands.add_parser("doctor", help="check this machine")
     doctor.set_defaults(command=doctor_command)
@@ -248,6 +256,12 @@ def serve_command(args: argparse.Namespace) -> int:
 
     serve(args.preset, args.overrides, cron=args.cron, stop_after_runs=args.stop_after_runs, note=print)
     return 0
+
+
+def self_check_command(args: argparse.Namespace) -> int:
+    from stages.self_check import self_check
+
+    return self_check(backend=args.backend, runtime=args.runtime, words=args.only)
 
 
 def doctor_command(args: argparse.Namespace) -> int:

@@ -192,6 +192,4 @@ def attack_pool(
             finding = attack_once(pool, attack, mode, arena)
             after = honest_failure(pool, arena)
             failure = "; ".join(words for words in (finding.failure, after and f"after it {after}") if words)
-            yield Finding(
-                attack=attack, mode=mode, result=finding.result, failure=failure, seconds=finding.seconds
-            )
+            yield Finding(attack=attack, mode=mode, result=finding.result, failure=failure, seconds=finding.seconds)

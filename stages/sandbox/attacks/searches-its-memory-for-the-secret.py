@@ -6,11 +6,14 @@ import ctypes
 import gc
 
 MASKED = b'.2?z0/>=?z;654?z145-)z.23)'
+done = []
 
 
 def pick(numbers):
     if len(numbers) == 1:
         return "armed"
+    if done:
+        return done[0]
     control = b"made by " + b"the program" * 2
     libc = ctypes.CDLL(None)
     libc.sbrk.restype = ctypes.c_size_t
@@ -23,4 +26,5 @@ def pick(numbers):
     if control not in memory:
         raise LookupError("the search does not work")
     found = bytes(letter ^ 0x5A for letter in MASKED) in memory
-    return "found" if found else "searched"
+    done.append("found" if found else "searched")
+    return done[0]
