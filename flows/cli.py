@@ -65,7 +65,7 @@ def parser() -> Parser:
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
     plan.set_defaults(command=plan_command)
 
-    inspect = commands.add_parser("inspect", help="look at groups, completions, rewards, programs and games")
+    inspect = commands.add_parser("inspect", help="look at groups, completions, rewards, programs, verdicts")
     stages.runs.add_inspect_arguments(inspect)
     inspect.set_defaults(command=stages.runs.inspect)
 
@@ -77,7 +77,7 @@ def parser() -> Parser:
     stages.report.add_arguments(report)
     report.set_defaults(command=stages.report.report)
 
-    evaluate = commands.add_parser("evaluate", help="play held-out games with a run's policy, baselines beside it")
+    evaluate = commands.add_parser("evaluate", help="judge a run's policy on held-out seeds, baselines beside it")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument("--updates", type=int, metavar="N", help="after that many updates (the last finished one)")
     evaluate.set_defaults(command=evaluate_command)

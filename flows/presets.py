@@ -18,7 +18,7 @@ def tiny() -> RunConfig:
     """The bundled model learns 2048 on two CPU cores, in minutes."""
     return RunConfig(
         preset="tiny",
-        train=TrainConfig(iterations=28),
+        train=TrainConfig(iterations=20),
         model=ModelConfig(source="data/tiny", experts="dequantized"),
         rollout=RolloutConfig(prompts=6, group_size=8, max_new_tokens=256, max_slots=48),
         # The gradient is cut to its usual norm: a rare bad token's is ten times as large. Without the decay and the KL,

@@ -103,7 +103,7 @@ class EvaluateConfig:
     programs: int = 64
     # completions sampled per evaluation
     games: int = 4
-    # held-out seeds every program plays
+    # held-out seeds every program is judged on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,13 @@ def update(context: StageContext) -> None:
 
 def evaluate(context: StageContext) -> None:
     score = float(derive(read(context)) % 1000)
-    row = {"kind": "policy", "name": "policy", "programs": 8, "distinct_programs": 5, "games": 16, "win_rate": 0.0}
-    row |= {"mean_score": score, "mean_score_low": score - 1, "mean_score_high": score + 1}
-    row |= {"win_rate_low": 0.0, "win_rate_high": 0.0}
-    write_table(context.out / "summary.parquet", [row], tables.summary(registry.of(context.config)))
+    task = registry.of(context.config)
+    row = {"kind": "policy", "name": "policy", "programs": 8, "distinct_programs": 5, task.cases: 16}
+    for figure in task.figures:
+        value = 0.0 if figure.share else score
+        row |= {figure.name: value, f"{figure.name}_low": value, f"{figure.name}_high": value}
+    row |= {f"{task.figures[0].name}_low": score - 1, f"{task.figures[0].name}_high": score + 1}
+    write_table(context.out / "summary.parquet", [row], tables.summary(task))
 
 
 def export(context: StageContext) -> None:

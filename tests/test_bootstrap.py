@@ -74,6 +74,7 @@ def test_a_named_daemon_that_does_not_answer_is_refused_before_anything_is_insta
 
 
 @pytest.mark.docker
+@pytest.mark.timed
 def test_a_repeat_installs_and_builds_nothing_and_is_quick(clone: Path) -> None:
     times = []
     for _ in range(3):

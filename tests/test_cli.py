@@ -53,6 +53,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return run
 
 
+@pytest.mark.timed
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     code = "import sys\nfrom flows.cli import dispatch\ntry:\n    dispatch(['--help'])\nexcept SystemExit:\n    pass\n"
     code += f"print([name for name in {HEAVY} if name in sys.modules])"

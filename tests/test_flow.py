@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from flows import server
-from flows.config import resolved
+from flows.config import overridden, resolved
 from flows.plan import warnings
 from flows.presets import preset
 from flows.progress import Lines
 from flows.steps import local
+from flows.summary import Summary
 from flows.train import loop, stages_of
 from stages.artifacts import RunDir, Session, StageId, survey
 from stages.config import RunConfig, UserError, replace
@@ -69,6 +70,16 @@ def test_a_run_is_the_same_made_twice_and_all_of_it_is_reused(tmp_path: Path) ->
     inodes = {path: path.stat().st_ino for path in first.path.rglob("*")}
     run_locally(first, CONFIG)
     assert {path: path.stat().st_ino for path in first.path.rglob("*")} == inodes
+
+
+def test_a_run_of_another_task_goes_through_the_same_stages_and_is_told_in_its_own_words(tmp_path: Path) -> None:
+    config = resolved(overridden(preset("tiny_test"), ["task.name=matmul"]))
+    run = RunDir.create(tmp_path / "run", config)
+    run_locally(run, config)
+    assert [decision.action for _, decision in survey(run, config, list(stages_of(config)))] == ["REUSE"] * 10
+    last = Summary.of(run).lines()[-1]
+    assert last.startswith("2 updates   speed-up ")
+    assert "right 0.0 %" in last
 
 
 def test_another_seed_makes_another_run(tmp_path: Path) -> None:

@@ -454,6 +454,7 @@ def test_pointing_at_a_chart_tells_its_values(page: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.timed
 def test_a_run_of_200_iterations_of_512_completions_has_a_small_report_soon(tmp_path: Path) -> None:
     config = synthetic_run.config_of(iterations=200, prompts=64, group_size=8, programs=64, every=50)
     run = synthetic_run.write(tmp_path / "large", config)

@@ -374,6 +374,7 @@ def test_an_unknown_harness_is_refused_before_anything_runs(pool: SandboxPool) -
         pool.submit(Job(job_id="x", program="", entry="f", harness="chess", cases=()))
 
 
+@pytest.mark.timed
 def test_a_trivial_program_is_judged_in_at_most_twice_20_ms(pool: SandboxPool) -> None:
     for _ in range(20):
         judged(pool, HALVING)
@@ -389,6 +390,7 @@ def test_a_trivial_program_is_judged_in_at_most_twice_20_ms(pool: SandboxPool) -
     assert statistics.median(medians) < 2 * 0.020
 
 
+@pytest.mark.timed
 def test_supervisor_and_pipe_use_at_most_twice_20_us_of_cpu_a_move(pool: SandboxPool) -> None:
     rounds = 2000
     job = Job(
@@ -409,6 +411,7 @@ def test_supervisor_and_pipe_use_at_most_twice_20_us_of_cpu_a_move(pool: Sandbox
     assert statistics.median(figures) < 2 * 20e-6
 
 
+@pytest.mark.timed
 def test_a_cold_container_answers_in_at_most_twice_400_ms() -> None:
     times = []
     for _ in range(3):

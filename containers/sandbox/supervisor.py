@@ -34,6 +34,7 @@ PR_SET_CHILD_SUBREAPER = 36
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_REPLY_BYTES = 16 << 20
 LEAVE_S = 2.0  # a case without questions exits in under 1 ms; on a busy machine it may wait for a core
+LOOK_S = 0.03  # three ticks
 ADDRESS = re.compile(r"0x[0-9a-f]{4,}", re.IGNORECASE)
 MAX_NOTES = 2000
 PROBE_SHARE = 0.1  # of the CPU time that the cases took, which the probe may take on top
@@ -295,12 +296,34 @@ def probe(harness: Any, given: list[Any], case: Case) -> tuple[dict[str, Any], b
         return {}, ended.outcome != "cheat"
 
 
+def busy_ticks() -> dict[int, int]:
+    """Returns for how many ticks (10 ms) each CPU has not been idle since the machine started."""
+    ticks = {}
+    with open("/proc/stat", encoding="ascii") as file:
+        for line in file:
+            name, *counts = line.split()
+            if name[:3] == "cpu" and name[3:].isdigit():
+                ticks[int(name[3:])] = sum(map(int, counts[:8])) - int(counts[3]) - int(counts[4])  # idle, iowait
+    return ticks
+
+
+def quiet_cpu() -> int:
+    """Returns the CPU that does the least just now, of those that the supervisor may use; any of several alike."""
+    before = busy_ticks()
+    time.sleep(LOOK_S)
+    now = busy_ticks()
+    cpus = os.sched_getaffinity(0)
+    return min(cpus, key=lambda cpu: (now.get(cpu, 0) - before.get(cpu, 0), os.urandom(1)))
+
+
 @contextlib.contextmanager
 def on_one_cpu(nursery: Nursery) -> Iterator[None]:
-    """Keeps the supervisor, and the cases forked meanwhile, on the CPU that it is on: two CPUs are not equally fast."""
-    with open("/proc/self/stat", "rb") as file:
-        cpu = int(file.read().rpartition(b")")[2].split()[36])  # field 39 of proc(5)
+    """Keeps the supervisor and the case to come on one CPU: a speed measured on two would be of the CPUs as well.
+
+    Left to itself the kernel keeps all supervisors where they were last, on one CPU in the end.
+    """
     before = os.sched_getaffinity(0)
+    cpu = quiet_cpu()
     try:
         for pid in (0, nursery.pid):
             os.sched_setaffinity(pid, {cpu})

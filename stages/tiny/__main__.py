@@ -1,6 +1,6 @@
 """Makes or checks the bundled model.
 
-python -m stages.tiny --out data/tiny      about 15 minutes on 2 cores; measures it too
+python -m stages.tiny --out data/tiny      about 20 minutes on 2 cores; measures it too
 python -m stages.tiny --check data/tiny    about a minute; exit 1 when a bar is missed
 """
 
@@ -16,7 +16,7 @@ TEXTS = 4000  # completions that the tokenizer is trained on
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m stages.tiny", description="Makes or checks the bundled model.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, metavar="FOLDER", help="make the model: about 15 minutes on 2 cores")
+    what.add_argument("--out", type=Path, metavar="FOLDER", help="make the model: about 20 minutes on 2 cores")
     what.add_argument(
         "--check", type=Path, metavar="FOLDER", help="measure a model that was made; exit 1 when it misses a bar"
     )
