@@ -157,7 +157,11 @@ def find(tree: ast.AST) -> list[tuple[int, str, str]]:
                 if (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES:
                     findings.append((line, "cheat", f"reaches for .{name}"))
             case ast.Name(id=name, ctx=ctx):
-                if name in METHODS or name == "__name__" or (is_dunder(name) and isinstance(ctx, ast.Store) and name in SLOTS):
+                if (
+                    name in METHODS
+                    or name == "__name__"
+                    or (is_dunder(name) and isinstance(ctx, ast.Store) and name in SLOTS)
+                ):
                     continue
                 if is_dunder(name):
                     findings.append((line, "cheat", f"uses {name}"))
