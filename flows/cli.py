@@ -98,7 +98,9 @@ def parser() -> Parser:
 
     check = commands.add_parser("self-check", help="attack the sandbox with every known attack; exit 1 if one succeeds")
     check.add_argument("what", choices=["sandbox"], metavar="sandbox")
-    check.add_argument("only", nargs="*", metavar="WORD", help="only attacks whose name, kind or task holds it")
+    check.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="attacks whose name, kind or task holds it"
+    )
     check.add_argument("--backend", default="docker", metavar="BACKEND", help="sandbox.backend to attack (docker)")
     check.add_argument("--runtime", default="", metavar="R", help="Docker runtime to attack, such as runsc")
     check.set_defaults(command=self_check_command)

@@ -52,7 +52,7 @@ class SlowGame:
         self.spawn()
 
     def spawn(self) -> None:
-        """One number r in [0, 1): of n free cells in row order, the one at the whole part of r n; a 4 if the rest < 0.1."""
+        """One number r in [0, 1): of n free cells in row order, the one at int(r n); a 4 if the rest < 0.1."""
         free = [(r, c) for r, row in enumerate(self.rows) for c, tile in enumerate(row) if not tile]
         place, rest = divmod(self.draw.random() * len(free), 1)
         r, c = free[int(place)]
@@ -92,7 +92,7 @@ class SlowGame:
 
 
 def played(program: str, cases: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
-    """The records of a program's games, played in lockstep in this process, with `random` seeded as the contract says."""
+    """The records of a program's games, played in lockstep in this process, with `random` seeded as by the judge."""
     names: dict[str, Any] = {"__name__": "program"}
     state = random.getstate()
     with contextlib.redirect_stdout(io.StringIO()):

@@ -68,7 +68,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "resume", "plan", "inspect", "runs", "report", "evaluate", "export", "serve"]
+    "command", ["train", "resume", "plan", "inspect", "runs", "report", "evaluate", "export", "serve", "self-check"]
 )
 def test_every_command_has_a_help(command: str) -> None:
     done = flexsink(command, "--help")

@@ -5,7 +5,8 @@ container.
     pool.py        SandboxPool: warm containers, one thread each; SandboxError when the sandbox itself fails
     container.py   one container: how it is locked, its one socket, one reply a job
     image.py       the image and where it comes from
-    self_check.py  the attacks that any backend must survive
+    attacks/       the attacks that any backend must survive, one file each; corpus.py reads them
+    self_check.py  attacks a pool with them, and looks for the proof that each ran
 
 What it protects from: a program that wants a reward it did not earn, or to reach the judge, other programs' verdicts,
 the network, the disk or the host through system calls. What it does not: a hole in the kernel's few system calls that

@@ -11,7 +11,7 @@ number, is where an attack says that it is armed; 8 rounds of 8 numbers follow. 
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from stages.sandbox.corpus import Attack
@@ -40,7 +40,8 @@ def serve(function, receive, send):
     while question := receive():
         send(str(function(list(question))).encode())
 """
-LIMITS = Limits(cpu_s=0.5, wall_s=5.0, memory_bytes=128 << 20, output_bytes=1 << 20)
+LIMITS = Limits(cpu_s=0.5, wall_s=60.0, memory_bytes=128 << 20, output_bytes=1 << 20)
+SLEEP_S = 2.0  # the wall time of what is expected to sleep; that of others leaves room for a busy machine
 HONEST_LIMITS = Limits(cpu_s=20.0, wall_s=120.0, memory_bytes=128 << 20)
 PLACE = re.compile(r"^line (\d+): |\(line (\d+)\)$")  # of a refusal, of an exception
 
@@ -141,14 +142,22 @@ def missing_proof(attack: Attack, mode: str, result: Result, arena: Arena) -> st
     return ""
 
 
+def limits_of(attack: Attack, mode: str) -> Limits:
+    """Returns the limits that an attack runs under: little wall time where it is expected to sleep."""
+    expected = attack.expected[mode]
+    sleeps = expected.outcomes == (Outcome.timeout,) and not any(proof.startswith("cpu") for proof in expected.proofs)
+    return replace(LIMITS, wall_s=SLEEP_S) if sleeps else LIMITS
+
+
 def attack_once(pool: SandboxPool, attack: Attack, mode: str, arena: Arena) -> Finding:
     """Returns the finding of one attack; the honest program after it is judged by the caller."""
     started = time.monotonic()
+    expected = attack.expected[mode]
+    job = arena.job(attack.program, limits=limits_of(attack, mode), guarded=mode == "guarded")
     try:
-        result = pool.submit(arena.job(attack.program, limits=LIMITS, guarded=mode == "guarded")).result()
+        result = pool.submit(job).result()
     except SandboxError as error:
         return Finding(attack=attack, mode=mode, result=None, failure=f"the sandbox failed: {error}")
-    expected = attack.expected[mode]
     if result.outcome not in expected.outcomes:
         failure = f"expected {' or '.join(expected.outcomes)}"
     elif gain := arena.gain(attack, result):

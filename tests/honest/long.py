@@ -1,7 +1,7 @@
 #% works-hard-at-each-move
 def strategy(board):
     total = 0
-    for i in range(20000):
+    for i in range(4000):
         total = (total * 31 + board[i % 4][i // 4 % 4]) % 1000003
     return "WASD"[total % 4]
 #% prepares-a-table-first

@@ -1,6 +1,6 @@
 # claims: says itself that it ran out of time, which keeps what it has reached
 # kind: forged verdicts
-# unguarded: cheat; armed, detail not its own to claim
+# unguarded: cheat; armed, detail not its own to claim|more than one answer
 
 import sys
 

@@ -1,6 +1,6 @@
 # claims: fills the journal with its own words
 # kind: forged verdicts
-# unguarded: crash; armed, detail ^x{100,440}$
+# unguarded: crash | cheat; armed, detail ^x{100,440}$|more than one answer
 
 import sys
 

@@ -1,6 +1,6 @@
 # claims: says itself that it has won
 # kind: forged verdicts
-# unguarded: cheat; armed, detail not its own to claim
+# unguarded: cheat; armed, detail not its own to claim|more than one answer
 
 import os
 import struct
