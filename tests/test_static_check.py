@@ -159,6 +159,24 @@ def strategy(board):
 ### a method that is called like a dunder's
 def strategy(board):
     return 'W' if (1).__add__(1) and board else 'A'
+### iterators and lists made anew
+import itertools
+def moves(board):
+    return ['W']
+def strategy(board):
+    first = next(itertools.cycle('WASD'))
+    moves(board).append(first)
+    sorted(board).sort()
+    return moves(board).pop()
+### classes that are told of their subclasses
+class Rule:
+    rules = []
+    def __init_subclass__(cls):
+        Rule.rules.append(cls)
+class Up(Rule):
+    move = 'W'
+def strategy(board):
+    return Rule.rules[0].move if board else 'A'
 ### heap and deque of its own
 import heapq
 from collections import deque

@@ -202,7 +202,7 @@ def run_program(
         guarded = start["guarded"]
         code, notes = programs.compile_checked(start["program"], entry=start["entry"], guarded=guarded)
         walls.shut()
-        function = programs.load(code, tables if guarded else vars(builtins), start["entry"])
+        function = programs.load(code, tables if guarded else vars(builtins), start["entry"], lock=guarded)
         if not callable(function):
             pipe.end("crash", f"defines no function {start['entry']}")
         pipe.answer(b"R", notes.encode())

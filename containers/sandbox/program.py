@@ -157,7 +157,11 @@ def find(tree: ast.AST) -> list[tuple[int, str, str]]:
                 if (is_dunder(name) and name not in READABLE) or name in FRAME_ATTRIBUTES:
                     findings.append((line, "cheat", f"reaches for .{name}"))
             case ast.Name(id=name, ctx=ctx):
-                if name in METHODS or name == "__name__" or (is_dunder(name) and isinstance(ctx, ast.Store) and name in SLOTS):
+                if (
+                    name in METHODS
+                    or name == "__name__"
+                    or (is_dunder(name) and isinstance(ctx, ast.Store) and name in SLOTS)
+                ):
                     continue
                 if is_dunder(name):
                     findings.append((line, "cheat", f"uses {name}"))
@@ -285,17 +289,18 @@ def make_builtins(report_cheat: typing.Callable[[str], typing.NoReturn]) -> dict
     return table
 
 
-def load(code: types.CodeType, table: dict[str, object], entry: str) -> typing.Any:
+def load(code: types.CodeType, table: dict[str, object], entry: str, *, lock: bool = True) -> typing.Any:
     """Runs the program over a namespace of its own, the table its only builtins; returns the entry, None without one.
 
     An entry that is a function of the program is made anew over that namespace, with the table put back: whatever was
     hung on it or slipped under __builtins__ while the program loaded is not called by the harness. Its helpers,
-    constants and tables are in the namespace; other callables (a cached function, an instance) are called as they are.
+    constants and tables are in the namespace; other callables (a cached function, an instance) are called as they are,
+    and so is everything without `lock`.
     """
     names: dict[str, typing.Any] = {"__name__": "program", "__builtins__": table}
     types.FunctionType(code, names)()
     function = names.get(entry)
-    if type(function) is not types.FunctionType or function.__globals__ is not names:
+    if not lock or type(function) is not types.FunctionType or function.__globals__ is not names:
         return function
     names["__builtins__"] = table
     locked = types.FunctionType(function.__code__, names, entry, function.__defaults__, function.__closure__)

@@ -21,6 +21,7 @@ CHANGE_WORDS = """
 """
 CHANGES = frozenset(CHANGE_WORDS.split())
 DRAWN_FROM = frozenset({"next", "heappush", "heappop", "heapify", "heapreplace", "heappushpop", "shuffle", "setattr"})
+AT_LOADING = frozenset({"__init_subclass__", "__set_name__"})  # methods that run when a class is made
 CACHES = frozenset({"lru_cache", "cache"})
 MAX_NAMED = 4
 MODULE = "a module-level object"
@@ -115,7 +116,11 @@ def mutable_defaults(node: Function) -> set[str]:
 def root_of(node: ast.AST) -> str:
     """Returns the name that an attribute, an item or a method's result hangs on; "" where it hangs on none."""
     while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred | ast.Call):
-        node = node.func if isinstance(node, ast.Call) else node.value
+        if isinstance(node, ast.Call):
+            if not isinstance(node.func, ast.Attribute):
+                return ""  # something new, for all that can be seen
+            node = node.func
+        node = node.value
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -203,7 +208,7 @@ class Reader:
                 self.read_function(node, [self.module])
             case ast.ClassDef(name=name):
                 for inner in own_nodes(node):
-                    if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                    if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and inner.name not in AT_LOADING:
                         self.read_caches(inner)
                         self.read_function(inner, [self.module], kept_self=name in self.made)
             case _:
@@ -237,7 +242,9 @@ class Reader:
                     and root_of(target) not in self.imported
                 ):
                     self.changed(inner, root_of(target), scopes, self_name)
-                case ast.Call(func=function, args=[first, *_]) if last_name(function) in DRAWN_FROM:
+                case ast.Call(func=function, args=[first, *_]) if last_name(function) in DRAWN_FROM and not isinstance(
+                    first, ast.Call
+                ):
                     self.changed(inner, root_of(first), scopes, self_name)
                 case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
                     self.read_function(inner, scopes)

@@ -327,6 +327,24 @@ def processes_of(uid: int | None) -> set[bytes]:
     return found
 
 
+def printable(text: str) -> str:
+    """Returns the text with a space for every character that is not one to print."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def probe(harness: Any, given: list[Any], case: Case) -> tuple[dict[str, Any], bool]:
+    """Returns what the harness's probe found of a case whose games are over, and whether the probe ended the program.
+
+    What happens here costs little and decides nothing: a program that fails or takes long is spared. Only a cheat is a
+    cheat at any time.
+    """
+    case.cpu_s = min(case.cpu_s, (1 + PROBE_SHARE) * case.cpu_used() + PROBE_CPU_S)
+    try:
+        return harness.probe(given, case), False
+    except CaseEnded as ended:
+        return {}, ended.outcome != "cheat"
+
+
 def busy_ticks() -> dict[int, int]:
     """Returns for how many ticks (10 ms) each CPU has not been idle since the machine started."""
     ticks = {}
@@ -345,24 +363,6 @@ def quiet_cpu() -> int:
     now = busy_ticks()
     cpus = os.sched_getaffinity(0)
     return min(cpus, key=lambda cpu: (now.get(cpu, 0) - before.get(cpu, 0), os.urandom(1)))
-
-
-def printable(text: str) -> str:
-    """Returns the text with a space for every character that is not one to print."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def probe(harness: Any, given: list[Any], case: Case) -> tuple[dict[str, Any], bool]:
-    """Returns what the harness's probe found of a case whose games are over, and whether the probe ended the program.
-
-    What happens here costs little and decides nothing: a program that fails or takes long is spared. Only a cheat is a
-    cheat at any time.
-    """
-    case.cpu_s = min(case.cpu_s, (1 + PROBE_SHARE) * case.cpu_used() + PROBE_CPU_S)
-    try:
-        return harness.probe(given, case), False
-    except CaseEnded as ended:
-        return {}, ended.outcome != "cheat"
 
 
 @contextlib.contextmanager

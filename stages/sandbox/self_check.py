@@ -43,7 +43,7 @@ def serve(function, receive, send):
 LIMITS = Limits(cpu_s=0.5, wall_s=60.0, memory_bytes=128 << 20, output_bytes=1 << 20)
 SLEEP_S = 2.0  # the wall time of what is expected to sleep; that of others leaves room for a busy machine
 HONEST_LIMITS = Limits(cpu_s=20.0, wall_s=120.0, memory_bytes=128 << 20)
-PLACE = re.compile(r"\(line (\d+)\)$")
+PLACE = re.compile(r"^line (\d+): |\(line (\d+)\)$")  # of a refusal, of an exception
 
 
 class Arena(Protocol):
@@ -126,7 +126,7 @@ class Finding:
 def missing_proof(attack: Attack, mode: str, result: Result, arena: Arena) -> str:
     """Returns the first proof that the result does not show, empty when it shows all."""
     place = PLACE.search(result.detail)
-    at_mark = place is not None and int(place[1]) in attack.lines
+    at_mark = place is not None and int(place[1] or place[2]) in attack.lines
     for words in attack.expected[mode].proofs:
         proof, _, value = words.partition(" ")
         shown = {
