@@ -67,13 +67,26 @@ def test_the_99th_percentile_is_a_sample_that_one_in_a_hundred_exceeds() -> None
 
 
 def test_the_daemons_cpu_is_read_from_their_processes_and_no_others(tmp_path: Path) -> None:
-    fields = "S 1 1 1 0 -1 0 0 0 0 0 {} {} 0 0 20 0 1 0 1 1"
-    for pid, name, user, system in ((7, "dockerd", 150, 50), (8, "containerd-shim", 30, 20), (9, "odd) (name", 9, 9)):
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "stat").write_text(f"{pid} ({name}) {fields.format(user, system)}")
-    (tmp_path / "10").mkdir()
-    (tmp_path / "net").mkdir()
+    write_processes(
+        tmp_path, [(7, "dockerd", 1, 200, 9), (8, "containerd-shim", 1, 50, 9), (9, "odd) (name", 1, 18, 9)]
+    )
     assert accounts.daemon_seconds(tmp_path) == pytest.approx(2.5)
+
+
+def test_local_sandboxes_are_what_descends_from_this_process_with_what_they_waited_for(tmp_path: Path) -> None:
+    tree = [(20, "python", 1, 900, 900), (21, "supervisor", 20, 30, 400), (5, "nursery", 21, 7, 3), (6, "x", 1, 50, 0)]
+    write_processes(tmp_path, tree)
+    assert accounts.descendants_seconds(tmp_path, 20) == pytest.approx(4.4)
+
+
+def write_processes(folder: Path, processes: list[tuple[int, str, int, int, int]]) -> None:
+    """A /proc of processes: pid, name, parent, ticks, ticks of the children they waited for."""
+    (folder / "net").mkdir()
+    (folder / "10").mkdir()  # ended while somebody looked
+    for pid, name, parent, ticks, children in processes:
+        text = f"{pid} ({name}) S {parent} 1 1 0 -1 0 0 0 0 0 {ticks - 2} 2 {children} 0 20 0 1 0 1 1"
+        (folder / str(pid)).mkdir()
+        (folder / str(pid) / "stat").write_text(text)
 
 
 @pytest.mark.docker

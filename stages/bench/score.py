@@ -190,7 +190,7 @@ def shares(used: Reading, results: Sequence[Result]) -> dict[str, float]:
     return {
         "program": programs,
         "supervisor": supervisors,
-        "nursery_and_init": used.containers - programs - supervisors,
+        "nursery_and_init": used.sandboxes - programs - supervisors,
         "pool_and_stage": used.process,
         "daemon": used.daemons,
     }
