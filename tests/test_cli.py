@@ -68,7 +68,8 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "resume", "plan", "inspect", "runs", "report", "evaluate", "export", "serve", "self-check"]
+    "command",
+    ["train", "resume", "plan", "inspect", "runs", "report", "evaluate", "export", "serve", "self-check", "bench"],
 )
 def test_every_command_has_a_help(command: str) -> None:
     done = flexsink(command, "--help")
@@ -98,6 +99,8 @@ def test_every_command_has_a_help(command: str) -> None:
         (["export", "/nowhere/run", "--out", "/tmp/x"], "/nowhere/run holds no run", ""),
         (["export", "/nowhere/run"], "--out", "flexsink export --help"),
         (["inspect", "/nowhere/run"], "/nowhere/run", ""),
+        (["bench"], "WHAT", "flexsink bench --help"),
+        (["bench", "score", "--games", "0"], "--games is 0", "at least 1"),
     ],
 )
 def test_bad_words_are_one_error_and_one_hint(words: list[str], message: str, hint: str) -> None:

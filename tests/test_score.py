@@ -1,11 +1,14 @@
 """The score stage over recorded completions: behind pipes, and once in real sandboxes."""
 
+import threading
+
 import pytest
 
 from stages import score
 from stages.artifacts import RunDir, Session, StageId, execute
 from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
 from stages.config import RunConfig, SandboxConfig, TaskConfig, UserError
+from stages.sandbox.image import connect
 from stages.tasks import checks, judging, registry, tables
 from tests.program_pipes import PipePool
 
@@ -209,3 +212,44 @@ def test_real_sandboxes_give_the_verdicts_of_the_pipes_and_catch_what_the_pipes_
     with Session() as session:
         execute(again, config, StageId("score", 0), score.run, session)
     assert again.manifest(StageId("score", 0)).digest == run.manifest(StageId("score", 0)).digest
+
+
+@pytest.mark.docker
+def test_containers_killed_in_mid_run_lose_no_verdict_and_double_none(tmp_path):
+    """Every container that lives is killed with SIGKILL, twice; the verdicts are those of a quiet run."""
+    slow = "def strategy(board):\n    for _ in range(40000): pass\n    return 'AWDS'[sum(map(sum, board)) // 2 % 4]\n"
+    completions = [f"{FINAL}```python\n{slow}# {number}\n```<|return|>" for number in range(16)]
+    quiet, config = prepared(tmp_path / "quiet", completions)
+    with Session() as session:
+        execute(quiet, config, StageId("score", 0), score.run, session)
+    run, config = prepared(tmp_path / "killed", completions)
+    counts, killed, killers = [], [], []
+    with Session() as session:
+        task = registry.get(config.task.name, config.task.option_values())
+        pool = session.get(
+            "sandbox",
+            lambda: judging.open_pool(
+                config.sandbox, harnesses={task.name: task.harness_source()}, labels=run.labels()
+            ),
+        )
+
+        def kill():
+            client = connect()
+            for container in client.containers(filters={"label": [f"{k}={v}" for k, v in run.labels().items()]}):
+                client.kill(container["Id"], signal="SIGKILL")
+                killed.append(container["Id"])
+            client.close()
+
+        def report(progress):
+            counts.append(progress.done)
+            if progress.done in (2, 9):
+                killers.append(threading.Thread(target=kill))
+                killers[-1].start()
+
+        execute(run, config, StageId("score", 0), score.run, session, report)
+        for killer in killers:
+            killer.join()
+        assert len(set(killed)) == len(killed) >= 2
+        assert pool.num_started > 2
+    assert counts == list(range(17))  # each verdict journalled once
+    assert run.manifest(StageId("score", 0)).digest == quiet.manifest(StageId("score", 0)).digest

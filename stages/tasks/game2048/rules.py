@@ -130,12 +130,8 @@ class Game:
         """Puts a 2, or one time in ten a 4, on an empty cell of `board`, all cells alike, by one random number."""
         drawn = self.random() * board.count(0)
         index = int(drawn)
-        four = drawn - index < FOUR_CHANCE
-        cell = board.find(0)
-        while index:
-            cell = board.find(0, cell + 1)
-            index -= 1
-        self.board = board[:cell] + (b"\2" if four else b"\1") + board[cell + 1 :]
+        rest = board.split(b"\0", index + 1)[-1]
+        self.board = board[: -len(rest) - 1] + (b"\2" if drawn - index < FOUR_CHANCE else b"\1") + rest
 
     def play(self, letter: int) -> None:
         """Plays the letter, given as a byte; anything but W, A, S, D ends the game."""
