@@ -17,6 +17,7 @@ from tests.random_gpt_oss import eager_model
 
 BUNDLED = Path(__file__).parents[1] / "data" / "tiny"
 NEAR_TIE = 1e-4  # eager's own two best logits this close: either token is right
+ROUTER_TIE = 3e-6  # eager's fourth and fifth expert this close: either is right, and all that follows differs
 
 
 def make_policy(folder: Path, *, experts: str = "dequantized", trained: bool = True) -> Policy:
@@ -56,13 +57,19 @@ def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(torch.randint(2, 256, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist())
 
 
-def eager_check(eager: GptOssForCausalLM, prompt: tuple[int, ...], completion: Completion) -> tuple[int, float]:
+def eager_logits(eager: GptOssForCausalLM, ids: tuple[int, ...]) -> tuple[torch.Tensor, float]:
+    """Eager's logits [T, V] and the smallest gap between a fourth and a fifth expert anywhere in it."""
+    with torch.no_grad():
+        output = eager(torch.tensor([ids]), use_cache=False, output_router_logits=True)
+    ordered = [logits.sort(-1, descending=True).values for logits in output.router_logits]
+    return output.logits[0], min(float((each[:, 3] - each[:, 4]).min()) for each in ordered)
+
+
+def eager_check(logits: torch.Tensor, prompt: tuple[int, ...], completion: Completion) -> tuple[int, float]:
     """How many greedy tokens agree with eager before its first near tie, and the largest log-probability difference
     there.
     """
-    ids = torch.tensor([prompt + completion.completion_ids])
-    with torch.no_grad():
-        logits = eager(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logits = logits[len(prompt) - 1 : -1]
     logprobs = logits.log_softmax(-1)
     largest = 0.0
     for place, token in enumerate(completion.completion_ids):
@@ -72,6 +79,25 @@ def eager_check(eager: GptOssForCausalLM, prompt: tuple[int, ...], completion: C
         assert token == best.indices[0], f"token {place} is {token}, eager says {best.indices[0]}"
         largest = max(largest, abs(completion.engine_logprobs[place] - float(logprobs[place, token])))
     return len(completion.completion_ids), largest
+
+
+def greedy(policy: Policy, prompt: tuple[int, ...], new: int) -> Completion:
+    params = SamplingParams(max_new_tokens=new, temperature=0.0)
+    engine = Engine(policy, max_slots=1, max_new_tokens=new)
+    return engine.run([Request(completion_id="a", prompt_ids=prompt, sampling=params)])[0]
+
+
+def clearly_routed(
+    policy: Policy, eager: GptOssForCausalLM, length: int, new: int
+) -> tuple[tuple[int, ...], Completion, torch.Tensor]:
+    """A prompt on which no router is near a tie, its greedy completion, and eager's logits of both."""
+    for seed in range(5):
+        prompt = prompt_of(length, seed)
+        completion = greedy(policy, prompt, new)
+        logits, gap = eager_logits(eager, prompt + completion.completion_ids)
+        if gap > ROUTER_TIE:
+            return prompt, completion, logits
+    raise AssertionError("five prompts with router ties")
 
 
 @pytest.fixture(scope="module", params=["random", "bundled"])
@@ -86,11 +112,8 @@ def test_greedy_tokens_and_logprobs_equal_eager_at_every_window_edge(pair: tuple
     policy, eager = pair
     compared = 0
     for length, new in ((1, 200), (127, 40), (128, 40), (129, 40), (513, 40), (4200, 24)):
-        prompt = prompt_of(length)
-        params = SamplingParams(max_new_tokens=new, temperature=0.0)
-        engine = Engine(policy, max_slots=1, max_new_tokens=new)
-        (completion,) = engine.run([Request(completion_id="a", prompt_ids=prompt, sampling=params)])
-        count, difference = eager_check(eager, prompt, completion)
+        prompt, completion, logits = clearly_routed(policy, eager, length, new)
+        count, difference = eager_check(logits, prompt, completion)
         compared += count
         assert difference < 1e-4, f"logprobs differ by {difference} at length {length}"
     assert compared > 0.99 * (200 + 4 * 40 + 24)
@@ -99,21 +122,20 @@ def test_greedy_tokens_and_logprobs_equal_eager_at_every_window_edge(pair: tuple
 def test_left_padded_generate_equals_eager_row_by_row(pair: tuple[Policy, GptOssForCausalLM]) -> None:
     policy, eager = pair
     lengths = (1, 127, 128, 129, 513, 4200)
+    rows = [clearly_routed(policy, eager, length, 24) for length in lengths]
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, -length:] = torch.tensor(prompt_of(length, seed=9))
-        mask[row, -length:] = 1
+    for row, (prompt, _, _) in enumerate(rows):
+        ids[row, -len(prompt) :] = torch.tensor(prompt)
+        mask[row, -len(prompt) :] = 1
     engine = Engine(policy, max_slots=len(lengths), max_new_tokens=24)
     params = SamplingParams(max_new_tokens=24, temperature=0.0)
     out = engine.generate(ids, mask, sampling=params, pad_token_id=0)
     assert torch.equal(out[:, : ids.shape[1]], ids)
     compared = 0
-    for row, length in enumerate(lengths):
-        prompt = prompt_of(length, seed=9)
-        (alone,) = engine.run([Request(completion_id="a", prompt_ids=prompt, sampling=params)])
+    for row, (prompt, alone, logits) in enumerate(rows):
         assert out[row, ids.shape[1] :].tolist() == list(alone.completion_ids)
-        compared += eager_check(eager, prompt, alone)[0]
+        compared += eager_check(logits, prompt, alone)[0]
     assert compared > 0.99 * 24 * len(lengths)
 
 

@@ -341,7 +341,9 @@ def test_closing_the_pool_ends_running_jobs_at_once() -> None:
     pool = open_pool(SandboxConfig(containers=1), harnesses={"guess": HARNESS}, labels={"flexsink.run": "test-close"})
     forever = guessing("def guess(low, high):\n    while True: pass\n", limits=Limits(cpu_s=100, wall_s=100))
     running, waiting = pool.submit(forever), pool.submit(forever)
-    time.sleep(1)
+    deadline = time.monotonic() + 30
+    while not running.running() and time.monotonic() < deadline:
+        time.sleep(0.1)
     start = time.monotonic()
     pool.close()
     assert time.monotonic() - start < 5
