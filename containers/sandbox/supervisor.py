@@ -33,6 +33,7 @@ PR_SET_CHILD_SUBREAPER = 36
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_REPLY_BYTES = 16 << 20
 LEAVE_S = 2.0  # a case without questions exits in under 1 ms; on a busy machine it may wait for a core
+SPARE_CPU_S = 5  # how far behind ours the kernel's limit is: more than LEAVE_S, so that ours decides
 LOOK_S = 0.03  # three ticks
 ADDRESS = re.compile(r"0x[0-9a-f]{4,}", re.IGNORECASE)
 MAX_NOTES = 2000
@@ -103,7 +104,7 @@ class Case:
         self.from_case, stdout = os.pipe()
         os.set_blocking(self.to_case, False)
         os.set_blocking(self.from_case, False)
-        self.pid = nursery.fork(stdin, stdout, memory_bytes=limits["memory_bytes"], cpu_s=int(self.cpu_s) + 2)
+        self.pid = nursery.fork(stdin, stdout, memory_bytes=limits["memory_bytes"], cpu_s=int(self.cpu_s) + SPARE_CPU_S)
         os.close(stdin)
         os.close(stdout)
         self.clock = (~self.pid << 3) | 2  # the process's CPU clock, as clock_getcpuclockid(3) numbers it

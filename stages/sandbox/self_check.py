@@ -40,7 +40,7 @@ def serve(function, receive, send):
     while question := receive():
         send(str(function(list(question))).encode())
 """
-LIMITS = Limits(cpu_s=0.5, wall_s=60.0, memory_bytes=128 << 20, output_bytes=1 << 20)
+LIMITS = Limits(cpu_s=1.0, wall_s=60.0, memory_bytes=128 << 20, output_bytes=1 << 20)
 SLEEP_S = 2.0  # the wall time of what is expected to sleep; that of others leaves room for a busy machine
 HONEST_LIMITS = Limits(cpu_s=20.0, wall_s=120.0, memory_bytes=128 << 20)
 PLACE = re.compile(r"^line (\d+): |\(line (\d+)\)$")  # of a refusal, of an exception
