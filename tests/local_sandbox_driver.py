@@ -1,6 +1,7 @@
 """Judges jobs in one local sandbox and prints what came of them; run by test_sandbox_local.py, also as another user.
 
     python local_sandbox_driver.py KIND [open] < JOBS      (from the root of a copy of the project)
+    python local_sandbox_driver.py KIND attack < {}        prints what came of every known attack
 
 KIND: namespaces or landlock. open: the cases' own filters allow everything and their limits of processes and files are
 off, so that what stands behind is seen. JOBS: {"harnesses": {...}, "jobs": [{name: value}]} as JSON; when a job named
@@ -45,12 +46,30 @@ def mine() -> list[str]:
     return found
 
 
+def attack() -> dict[str, str]:
+    """Returns the attacks that failed to come to nothing, and why."""
+    from stages.sandbox.corpus import load
+    from stages.sandbox.self_check import LIMITS, Pick, attack_pool
+    from stages.tasks.arenas import task_arenas
+
+    arenas = {"pick": Pick(), **task_arenas()}
+    harnesses = {name: arena.harness for name, arena in arenas.items()}
+    config = SandboxConfig(backend="local", containers=1, memory_bytes=LIMITS.memory_bytes)
+    with open_pool(config, harnesses=harnesses, labels={}) as sandboxes:
+        findings = list(attack_pool(sandboxes, load(), arenas=arenas, backend="local"))
+    assert len(findings) > 200
+    return {finding.attack.name: finding.failure for finding in findings if not finding.passed and not finding.skipped}
+
+
 def main() -> None:
     kind, opened = sys.argv[1], "open" in sys.argv
     order = json.load(sys.stdin)
     facts = local.try_walls(kind)
     walls = local.Walls(kind=kind, uids=facts["uids"], landlock=facts["landlock"], lacking={})
     pool.find_walls = lambda: walls
+    if "attack" in sys.argv:
+        print(json.dumps(attack()))
+        return
     if opened:
         folder = str(local.FOLDER)
         script = OPEN.format(folder=folder, jail=f"{folder}/jail.py")

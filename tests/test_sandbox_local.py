@@ -314,6 +314,12 @@ def running(copy: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_attack_comes_to_nothing_where_the_user_has_no_rights(kind: str, copy: Path) -> None:
+    assert drive("nobody", kind, copy, [], "attack") == {}
+
+
 def test_where_namespaces_are_off_landlock_takes_over_and_says_why(copy: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(copy)!r}); from stages.sandbox import local; print(local.find_walls())"
