@@ -170,6 +170,7 @@ def test_the_question_tells_nothing_but_the_boards(harness):
     assert {len(question) for question in asked} == {9 + 16}
 
 
+@pytest.mark.timed
 def test_a_board_costs_little_in_the_harness_beside_the_strategy(harness):
     """The supervisor and the pipe may use 20 us of CPU a move; this is the supervisor's side, rules included."""
     program = "def strategy(board):\n    return 'AWDS'[board[0][0] % 3 + (board[1][1] == board[2][2])]\n"

@@ -213,6 +213,7 @@ def test_a_line_table_forgets_rather_than_grows_without_bound():
     assert len(TO_FIRST) <= MAX_LINES
 
 
+@pytest.mark.timed
 def test_a_move_costs_at_most_five_microseconds_in_the_rules():
     """The bar is 5 us of an idle core with warm tables; twice that is allowed here."""
     letters = random.Random(2).choices(b"WASD", k=4000)
