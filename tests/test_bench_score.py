@@ -31,9 +31,13 @@ def test_the_accounts_add_up_and_nothing_is_counted_twice(figures: dict[str, Any
     assert all(stage["share"][part] > -0.05 for part in PARTS)  # clocks of different grain; this stage takes 1 s
     rules = stage["rules_us_per_move"] * stage["moves"] / 1e6
     calls = stage["strategy_us_per_move"] * stage["moves"] / 1e6
-    assert stage["share_calls_and_rules"] == pytest.approx((rules + calls) / stage["cpu_s"])
-    assert stage["share_calls_and_rules"] < stage["share_programs_and_rules"] < 1
-    assert 0.3 < rules / (stage["share"]["supervisor"] * stage["cpu_s"]) < 1.3  # other games, on a busy machine
+    parts = (
+        min(rules / stage["cpu_s"], stage["share"]["supervisor"]),
+        min(calls / stage["cpu_s"], stage["share"]["program"]),
+    )
+    assert stage["share_calls_and_rules"] == pytest.approx(sum(parts))
+    assert stage["share_calls_and_rules"] <= stage["share_programs_and_rules"] <= 1
+    assert 0.3 < rules / (stage["share"]["supervisor"] * stage["cpu_s"]) < 1.5  # other games, on a busy machine
     assert figures["single"]["p50_ms"] <= figures["single"]["p99_ms"]
     assert figures["cold"]["median_ms"] <= figures["cold"]["slowest_ms"]
 

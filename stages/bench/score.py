@@ -223,6 +223,9 @@ def stage(pool: SandboxPool, task: Task, config: RunConfig, *, completions: int,
     rows = [row for future in timed for row in future.result().cases]
     timed_moves = sum(row["moves"] for row in rows)
     strategy, rules = (sum(row[name] for row in rows) / timed_moves for name in ("strategy_s", "rules_s"))
+    # Rates of other games, measured afterwards: never more than the account that they are part of.
+    in_rules = min(rules * moves, accounts["supervisor"])
+    in_calls = min(strategy * moves, accounts["program"])
     total = sum(used)
     return {
         "completions": completions,
@@ -233,8 +236,8 @@ def stage(pool: SandboxPool, task: Task, config: RunConfig, *, completions: int,
         "moves_per_s": moves / seconds,
         "strategy_us_per_move": 1e6 * strategy,
         "rules_us_per_move": 1e6 * rules,
-        "share_programs_and_rules": (accounts["program"] + rules * moves) / total,
-        "share_calls_and_rules": (strategy + rules) * moves / total,
+        "share_programs_and_rules": (accounts["program"] + in_rules) / total,
+        "share_calls_and_rules": (in_calls + in_rules) / total,
         "share": {name: value / total for name, value in accounts.items()},
     }
 
