@@ -9,10 +9,6 @@ import torch
 from tests.random_gpt_oss import write_checkpoint
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
-
-
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random gpt-oss in the MXFP4 layout: 4 layers, the true architecture, weights that matter."""

@@ -9,7 +9,7 @@ from tests.bench import train_tiny
 
 @pytest.mark.docker
 @pytest.mark.slow
-@pytest.mark.longest
+@pytest.mark.timed
 @pytest.mark.timeout(1500)
 def test_the_tiny_model_learns_to_play_within_time_and_memory(
     prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
