@@ -9,7 +9,7 @@ Shapes: b rows of the step, H query heads, K key/value heads, C channels, r LoRA
 """
 
 import importlib.util
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def decode_attention(
         if num_rows * splits * heads > workspace.total.numel() or num_rows * kv_heads > workspace.tickets.numel():
             room = workspace.total.numel() // heads
             raise ValueError(f"{num_rows} rows of {splits} splits; the workspace holds {room}: see make_workspace")
-    shared = {
+    shared: dict[str, Any] = {
         "sinks": sinks, "cos": cos, "sin": sin, "keys": keys, "values": values, "rows": rows, "positions": positions,
         "page_table": page_table, "scale": scale, "bias": bias, "lora": lora,
     }  # fmt: skip

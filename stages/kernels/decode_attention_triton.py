@@ -87,7 +87,11 @@ def _finish(out, sinks, head, largest, total, sums, G: tl.constexpr, C: tl.const
     tl.store(place, (sums * factor[:, None]).to(out.dtype.element_ty), mask=group[:, None] < G)
 
 
-@triton.jit
+# What is not specialised on would only compile the same code again, for another page table.
+@triton.jit(
+    do_not_specialize=["table_stride", "splits"],
+    do_not_specialize_on_alignment=["rows", "positions", "page_table", "tickets"],
+)
 def decode_kernel(
     out,  # [b, H * C]
     qkv,  # [b, (H + 2 K) * C + 3 r]
@@ -278,6 +282,7 @@ class Plan(NamedTuple):
     flight: int = 3  # tiles in flight
     early: bool = False  # the first tile is asked for before the query is known
     chunk: int = 8  # splits that the last program adds up at once
+    registers: int | None = None  # at most so many a thread
 
 
 def plan_for(num_rows: int, *, ring: bool) -> Plan:
@@ -363,4 +368,5 @@ def launch(
         WIDE=interpreted,
         num_warps=plan.warps,
         **({"launch_pdl": True} if launch_pdl and not interpreted else {}),
+        **({"maxnreg": plan.registers} if plan.registers and not interpreted else {}),
     )
