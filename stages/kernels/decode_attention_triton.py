@@ -288,7 +288,7 @@ class Plan(NamedTuple):
 def plan_for(num_rows: int, *, ring: bool) -> Plan:
     """The plan for a bucket of rows."""
     if ring:
-        return Plan(block=128, warps=8, early=True)
+        return Plan(block=128, warps=8, flight=1, early=True)
     if num_rows <= 8:
         return Plan(block=64, flight=2, early=True)
     return Plan()

@@ -28,6 +28,7 @@ from torch import Tensor
 from stages.kernels import reference
 from stages.kernels.decode_attention import LoraB, make_workspace, splits_for
 from stages.kernels.decode_attention_triton import Plan, launch, plan_for
+from stages.kernels.prefill_attention import PackedDocs, prefill_attention
 
 HEADS, KV_HEADS, CHANNELS, PAGE, WINDOW, RANK = 64, 8, 64, 128, 128, 16
 COLD_BYTES = 300_000_000  # caches that a graph goes through, several times the L2
@@ -194,6 +195,55 @@ def sweep(rows: int, context: int, *, ring: bool, deadline: float) -> list[dict[
     return best
 
 
+def prefill(docs: PackedDocs, window: int | None, *, first: bool) -> dict[str, Any]:
+    """Time of one layer's prefill attention, checked against float64 on 64 of its queries."""
+    torch.manual_seed(0)
+    query = torch.randn(docs.num_queries, HEADS, CHANNELS, dtype=torch.bfloat16, device="cuda")
+    key, value = (torch.randn(docs.num_keys, KV_HEADS, CHANNELS, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    sinks = torch.randn(HEADS, dtype=torch.bfloat16, device="cuda")
+
+    def body() -> Tensor:
+        return prefill_attention(query, key, value, sinks=sinks, scale=0.125, window=window, docs=docs)
+
+    begin = time.monotonic()
+    with torch._dynamo.config.patch(error_on_recompile=not first, fail_on_recompile_limit_hit=True):
+        out = body()
+        torch.cuda.synchronize()
+        first_s = time.monotonic() - begin
+        times = []
+        for _ in range(12):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            body()
+            events[1].record()
+            torch.cuda.synchronize()
+            times.append(events[0].elapsed_time(events[1]))
+
+    lengths = torch.tensor(docs.lengths, device="cuda")
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    sample = torch.linspace(0, docs.num_queries - 1, 64, device="cuda").long()
+    key_at, query_at = torch.arange(docs.num_keys, device="cuda"), (sample + docs.past)[:, None]
+    seen = (key_at <= query_at) & (key_at >= starts[sample][:, None])
+    pairs = (torch.arange(docs.num_queries, device="cuda") - starts + 1 + docs.past).double()
+    if window is not None:
+        seen &= key_at > query_at - window
+        pairs = pairs.clamp(max=window)
+    errors = []
+    for dtype in (torch.float64, torch.bfloat16):
+        parts = (x.to(dtype).transpose(0, 1)[None] for x in (query[sample], key, value))
+        errors.append(reference.sink_attention(*parts, sinks.to(dtype), scale=0.125, visible=seen)[0].transpose(0, 1))
+    error, bar = (float((x - errors[0]).abs().max()) for x in (out[sample], errors[1]))
+    ms = statistics.median(times)
+    tflops = 4 * HEADS * CHANNELS * float(pairs.sum()) / ms / 1e9
+    print(
+        f"prefill {len(docs.lengths)} x {docs.lengths[0]} past {docs.past} window {window}: {ms:.3f} ms,"
+        f" {tflops:.0f} TFLOP/s, first call {first_s:.1f} s, error {error:.2e}, plain bf16 {bar:.2e}",
+        flush=True,
+    )
+    assert error <= 2 * bar, "the kernel is wrong"
+    return {"docs": docs, "window": window, "ms": ms, "tflops": tflops, "first_s": first_s, "error": error, "bar": bar}
+
+
 def compile_one(variant: tuple[Plan, bool, bool, int]) -> None:
     """Compiles a variant into Triton's cache on disk by launching it once."""
     plan, ring, split, rank = variant
@@ -233,6 +283,9 @@ def main() -> None:
         parts.append((f"full {rows}x{context}", partial(sweep, rows, context, ring=False, deadline=deadline)))
     for rows in (1, 16, 64, 256):
         parts.append((f"ring {rows}", partial(sweep, rows, 1024, ring=True, deadline=deadline)))
+    cases = (PackedDocs((512,) * 64), PackedDocs((4096,), past=32768), PackedDocs((1000,)), PackedDocs((4096,)))
+    for count, (docs, window) in enumerate((docs, window) for docs in cases for window in (None, WINDOW)):
+        parts.append((f"prefill {docs.lengths[0]} {window} {count}", partial(prefill, docs, window, first=count == 0)))
     failures = 0
     for name, part in parts:
         begin = time.monotonic()
