@@ -205,7 +205,8 @@ def _plain(
     for length in docs.lengths:
         stop = start + length
         keys = slice(0, docs.num_keys) if docs.past else slice(start, stop)
-        batched = (x.transpose(0, 1).unsqueeze(0) for x in (query[start:stop], key[keys], value[keys]))
-        outs.append(sink_attention(*batched, sinks, scale=scale, window=window)[0].transpose(0, 1))
+        own = [x.transpose(0, 1).unsqueeze(0) for x in (query[start:stop], key[keys], value[keys])]
+        out = sink_attention(own[0], own[1], own[2], sinks, scale=scale, window=window)
+        outs.append(out[0].transpose(0, 1))
         start = stop
     return torch.cat(outs)
