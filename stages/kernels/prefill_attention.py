@@ -100,10 +100,11 @@ def _attend(
 ) -> Tensor:
     mask = mask_of(docs, window, query.device)
     num_queries, num_keys = mask.first.shape[0], mask.partial.shape[3] * BLOCK
-    operands = [_padded(query, num_queries), _padded(key, num_keys), _padded(value, num_keys)]
+    length = query.shape[0]
+    query, key, value = _padded(query, num_queries), _padded(key, num_keys), _padded(value, num_keys)
     if not compiled:
-        return _flex(*operands, sinks, *mask, scale)[: query.shape[0]]
-    for tensor in (*operands, *mask[:2]):
+        return _flex(query, key, value, sinks.detach(), mask, scale)[:length]
+    for tensor in (query, key, value, mask.first, mask.last):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     for tensor in mask[2:]:
         torch._dynamo.maybe_mark_dynamic(tensor, 2)
@@ -111,7 +112,7 @@ def _attend(
         torch._dynamo.maybe_mark_dynamic(tensor, 3)
     # Else as many queries as keys in the first call would mean a second compilation for a chunk, where they differ.
     with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        return _compiled()(*operands, sinks.detach(), *mask, scale)[: query.shape[0]]
+        return _compiled()(query, key, value, sinks.detach(), mask, scale)[:length]
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
@@ -130,34 +131,34 @@ def _flex(
     key: Tensor,
     value: Tensor,
     sinks: Tensor,
-    first: Tensor,
-    last: Tensor,
-    num_partial: Tensor,
-    partial: Tensor,
-    num_full: Tensor,
-    full: Tensor,
+    mask: Mask,
     scale: float,
 ) -> Tensor:
+    first, last = mask.first, mask.last
+
     def visible(_batch: Tensor, _head: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
         return (key_at >= first[query_at]) & (key_at <= last[query_at])
 
-    mask = BlockMask.from_kv_blocks(
-        num_partial,
-        partial,
-        num_full,
-        full,
+    block_mask = BlockMask.from_kv_blocks(
+        mask.num_partial,
+        mask.partial,
+        mask.num_full,
+        mask.full,
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(query.shape[0], key.shape[0]),
         compute_q_blocks=False,
     )
     out, aux = flex_attention(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
-        block_mask=mask,
+        query.transpose(0, 1).unsqueeze(0),
+        key.transpose(0, 1).unsqueeze(0),
+        value.transpose(0, 1).unsqueeze(0),
+        block_mask=block_mask,
         scale=scale,
         enable_gqa=True,
         return_aux=AuxRequest(lse=True),
     )
+    assert aux.lse is not None
     share = torch.sigmoid(aux.lse.float() - sinks.float()[:, None])  # [1, H, T]
     return (out.float() * share.unsqueeze(-1)).to(out.dtype)[0].transpose(0, 1)
 
