@@ -4,19 +4,29 @@ Every function updates `residual` float32 [N, D] in place and returns its norm [
 as transformers' GptOssRMSNorm does. Shapes as in the package's docstring.
 """
 
+import torch
 from torch import Tensor
 
 from stages.kernels.launch import launch_options, power_of_two
 
 
 def embed_norm(
-    embedding: Tensor, tokens: Tensor, rows: Tensor, residual: Tensor, weight: Tensor, *, eps: float
+    embedding: Tensor,
+    tokens: Tensor,
+    rows: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    dtype: torch.dtype,
+    eps: float,
 ) -> Tensor:
-    """Begins the stream with the embeddings [V, D] of tokens int64 [S] at rows int32 [N]."""
+    """Begins the stream with the embeddings [V, D] (on the card, or in pinned memory) of tokens int64 [S] at rows int32
+    [N].
+    """
     from stages.kernels.triton_norms import embed_norm_kernel
 
     num_rows, width = residual.shape
-    out = embedding.new_empty(num_rows, width)
+    out = torch.empty(num_rows, width, dtype=dtype, device=residual.device)
     embed_norm_kernel[(num_rows,)](
         embedding, tokens, rows, residual, weight, out, eps, D=width, DP=power_of_two(width),
         **launch_options(out, warps=8),
@@ -40,11 +50,14 @@ def add_norm(
     return out
 
 
-def combine_norm(residual: Tensor, partials: Tensor, routing: Tensor, weight: Tensor, *, out: Tensor, eps: float) -> Tensor:
+def combine_norm(
+    residual: Tensor, partials: Tensor, routing: Tensor, weight: Tensor, *, dtype: torch.dtype, eps: float
+) -> Tensor:
     """Adds the experts' outputs: partials float32 [parts, N * k, D], weighted by routing float32 [N, k]."""
     from stages.kernels.triton_norms import combine_norm_kernel
 
     num_rows, width = residual.shape
+    out = torch.empty(num_rows, width, dtype=dtype, device=residual.device)
     combine_norm_kernel[(num_rows,)](
         residual, partials, routing, weight, out, partials.stride(0), eps, D=width, DP=power_of_two(width),
         TOPK=routing.shape[1], PARTS=partials.shape[0], **launch_options(out, warps=8),

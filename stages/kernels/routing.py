@@ -10,6 +10,8 @@ from torch import Tensor
 
 from stages.kernels.launch import launch_options, power_of_two
 
+ALONE_ROWS = 4
+
 
 class Routing(NamedTuple):
     """The choices of N tokens, and the same sorted by expert."""
@@ -41,13 +43,15 @@ def router_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def route(logits: Tensor, *, top_k: int, tile: int) -> Routing:
     """The top_k experts of each token and tiles of at most `tile` tokens of one expert.
 
-    logits float32 [N, E], E a power of two, N at most 512.
+    logits float32 [N, E], E a power of two. Up to ALONE_ROWS tokens every assignment is a tile of its own: two that
+    chose the same expert find its weights in the cache.
     """
-    from stages.kernels.triton_routing import top_k_kernel
+    from stages.kernels.triton_routing import sort_kernel, top_k_kernel
 
     num_rows, num_experts = logits.shape
     assigned = num_rows * top_k
-    num_tiles = min(assigned, num_experts + assigned // tile)
+    alone = num_rows <= ALONE_ROWS
+    num_tiles = assigned if alone else min(assigned, num_experts + assigned // tile)
     device = logits.device
     routing = Routing(
         indices=torch.empty(num_rows, top_k, dtype=torch.int32, device=device),
@@ -55,9 +59,12 @@ def route(logits: Tensor, *, top_k: int, tile: int) -> Routing:
         order=torch.empty(assigned, dtype=torch.int32, device=device),
         tiles=torch.empty(num_tiles, 3, dtype=torch.int32, device=device),
     )
-    rows = max(power_of_two(num_rows), 2)
-    top_k_kernel[(1,)](
-        logits, *routing, num_rows, num_tiles, E=num_experts, TOPK=top_k, ROWS=rows, TILES=power_of_two(num_tiles),
-        BN=tile, **launch_options(logits, warps=min(16, max(1, rows * num_experts // 512))),
-    )  # fmt: skip
+    top_k_kernel[(num_rows,)](
+        logits, *routing, E=num_experts, TOPK=top_k, ALONE=alone, **launch_options(logits, warps=1)
+    )
+    if not alone:
+        sort_kernel[(num_experts,)](
+            routing.indices, routing.order, routing.tiles, assigned, num_tiles, E=num_experts, AP=power_of_two(assigned),
+            TP=power_of_two(num_tiles), BN=tile, **launch_options(logits, warps=4 if assigned <= 256 else 8),
+        )  # fmt: skip
     return routing

@@ -188,6 +188,13 @@ def _lora(acc, inner, b, rows, assigned, inner_stride, scale, dtype: tl.constexp
 
 
 @triton.jit
+def _swiglu(gate, up, alpha, limit):
+    gate = tl.minimum(gate, limit)
+    up = tl.maximum(tl.minimum(up, limit), -limit)
+    return (up + 1) * gate / (1 + tl.exp(-alpha * gate))
+
+
+@triton.jit
 def _gate_up_tile(
     x, words, scales, bias, inner, b, out, order, start, count, m, scale, alpha, limit, inner_stride,
     K: tl.constexpr, M: tl.constexpr, TOPK: tl.constexpr, MT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
@@ -205,9 +212,7 @@ def _gate_up_tile(
     if R > 0:
         acc = _lora(acc, inner, b, rows, assigned, inner_stride, scale, dtype, R, PARTS)
     gate, up = tl.split(tl.permute(tl.reshape(acc, [MT, 2, 8, BN]), [0, 2, 3, 1]))
-    gate = tl.minimum(tl.reshape(gate, [MT * 8, BN]), limit)
-    up = tl.maximum(tl.minimum(tl.reshape(up, [MT * 8, BN]), limit), -limit)
-    activation = (up + 1) * gate / (1 + tl.exp(-alpha * gate))
+    activation = _swiglu(tl.reshape(gate, [MT * 8, BN]), tl.reshape(up, [MT * 8, BN]), alpha, limit)
     channels = m * MT * 8 + tl.arange(0, MT * 8)
     where = out + assigned[None, :] * (M // 2) + channels[:, None]
     tl.store(where, activation.to(dtype), mask=(place < count)[None, :])
@@ -315,6 +320,21 @@ def down_kernel(
                 x, words, scales, bias, inner, b, out, order, start, count, m, scale, inner_stride, out_stride,
                 K, M, SPLITS, MT, BN, R, PARTS, ASM, STAGES,
             )  # fmt: skip
+
+
+@triton.jit
+def swiglu_kernel(inner, bias, owner, out, alpha, limit, M: tl.constexpr, BLOCK: tl.constexpr):
+    """SwiGLU [n, M / 2] of inner [n, M] + bias float32 [E, M][owner], rows as stored. Grid (n, M / 2 / BLOCK)."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < M // 2
+    at = channel // 8 * 16 + channel % 8
+    biases = bias + tl.load(owner + row) * M + at
+    values = inner + row * M + at
+    gate = tl.load(values, mask=inside, other=0.0).to(tl.float32) + tl.load(biases, mask=inside, other=0.0)
+    up = tl.load(values + 8, mask=inside, other=0.0).to(tl.float32) + tl.load(biases + 8, mask=inside, other=0.0)
+    activation = _swiglu(gate, up, alpha, limit)
+    tl.store(out + row * (M // 2) + channel, activation.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

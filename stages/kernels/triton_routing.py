@@ -24,58 +24,74 @@ def router_kernel(
 
 @triton.jit
 def top_k_kernel(
-    logits, indices, weights, order, tiles, num_rows, num_tiles,
-    E: tl.constexpr, TOPK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Chooses each token's experts and sorts the choices by expert, in one program.
+    logits, indices, weights, order, tiles, E: tl.constexpr, TOPK: tl.constexpr, ALONE: tl.constexpr, PDL: tl.constexpr
+):
+    """A token's TOPK experts, the likeliest first, ties to the lower, and the softmax over them. Grid (N,).
 
-    logits float32 [N, E]; writes indices int32 and weights float32 [N, TOPK] (softmax over the chosen, the likeliest
-    first, ties to the lower expert), order int32 [N * TOPK]: assignments token * TOPK + choice, those of an expert
-    together, and tiles int32 [num_tiles, 3]: expert, first place in `order`, count of at most BN (0: no tile). ROWS and
-    TILES are N and num_tiles up to powers of two.
+    ALONE: writes each assignment as a tile of its own, too, so that nothing remains to be sorted.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.arange(0, ROWS)
+    row = tl.program_id(0)
     expert = tl.arange(0, E)
-    real = row < num_rows
-    left = tl.load(logits + row[:, None] * E + expert[None, :], mask=real[:, None], other=0.0)
-    counts = tl.zeros([E], tl.int32)
-    largest = tl.max(left, axis=1)
-    total = tl.zeros([ROWS], tl.float32)
+    left = tl.load(logits + row * E + expert)
+    largest = tl.max(left, axis=0)
+    total = tl.zeros([], tl.float32)
     for choice in tl.static_range(TOPK):
-        best = tl.max(left, axis=1)
-        chosen = tl.min(tl.where(left == best[:, None], expert[None, :], E), axis=1)
+        best = tl.max(left, axis=0)
+        chosen = tl.min(tl.where(left == best, expert, E), axis=0)
         total += tl.exp(best - largest)
-        left = tl.where(expert[None, :] == chosen[:, None], float("-inf"), left)
-        tl.store(indices + row * TOPK + choice, chosen, mask=real)
-        tl.store(weights + row * TOPK + choice, tl.exp(best - largest), mask=real)
-        taken = (expert[None, :] == chosen[:, None]) & real[:, None]
-        counts += tl.sum(taken.to(tl.int32), axis=0)
-    starts = tl.cumsum(counts, axis=0) - counts
-    ends = tl.cumsum((counts + BN - 1) // BN, axis=0)
-    first_tile = ends - (counts + BN - 1) // BN
-
-    left = tl.load(logits + row[:, None] * E + expert[None, :], mask=real[:, None], other=0.0)
-    before = starts
+        left = tl.where(expert == chosen, float("-inf"), left)
+        place = row * TOPK + choice
+        tl.store(indices + place, chosen)
+        if ALONE:
+            tl.store(order + place, place)
+            tl.store(tiles + place * 3, chosen)
+            tl.store(tiles + place * 3 + 1, place)
+            tl.store(tiles + place * 3 + 2, 1)
+    left = tl.load(logits + row * E + expert)
     for choice in tl.static_range(TOPK):
-        best = tl.max(left, axis=1)
-        chosen = tl.min(tl.where(left == best[:, None], expert[None, :], E), axis=1)
-        left = tl.where(expert[None, :] == chosen[:, None], float("-inf"), left)
-        taken = ((expert[None, :] == chosen[:, None]) & real[:, None]).to(tl.int32)
-        place = tl.sum(taken * (tl.cumsum(taken, axis=0) - 1 + before[None, :]), axis=1)
-        before += tl.sum(taken, axis=0)
-        tl.store(order + place, row * TOPK + choice, mask=real)
-        tl.store(weights + row * TOPK + choice, tl.exp(best - largest) / total, mask=real)
+        best = tl.max(left, axis=0)
+        chosen = tl.min(tl.where(left == best, expert, E), axis=0)
+        left = tl.where(expert == chosen, float("-inf"), left)
+        tl.store(weights + row * TOPK + choice, tl.exp(best - largest) / total)
 
-    tile = tl.arange(0, TILES)
-    owner = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-    mine = (expert[None, :] == owner[:, None]).to(tl.int32)
-    skipped = (tile - tl.sum(mine * first_tile[None, :], axis=1)) * BN
-    size = tl.minimum(tl.sum(mine * counts[None, :], axis=1) - skipped, BN)
-    exists = tile < num_tiles
-    used = owner < E
-    tl.store(tiles + tile * 3, tl.where(used, owner, 0), mask=exists)
-    tl.store(tiles + tile * 3 + 1, tl.where(used, tl.sum(mine * starts[None, :], axis=1) + skipped, 0), mask=exists)
-    tl.store(tiles + tile * 3 + 2, tl.where(used, size, 0), mask=exists)
+
+@triton.jit
+def sort_kernel(
+    indices, order, tiles, num_assigned, num_tiles,
+    E: tl.constexpr, AP: tl.constexpr, TP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One expert's assignments in their order, and its tiles of at most BN of them. Grid (E,).
+
+    indices int32 [A]; order int32 [A]; tiles int32 [T, 3]: expert, first place in `order`, count (0: no tile). AP and
+    TP are A and T up to powers of two.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    mine = tl.program_id(0)
+    place = tl.arange(0, AP)
+    chosen = tl.load(indices + place, mask=place < num_assigned, other=E)
+    expert = tl.arange(0, E)
+    counts = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    tiles_of = (counts + BN - 1) // BN
+    start = tl.sum(tl.where(expert < mine, counts, 0), axis=0)
+    first_tile = tl.sum(tl.where(expert < mine, tiles_of, 0), axis=0)
+    count = tl.sum(tl.where(expert == mine, counts, 0), axis=0)
+    taken = chosen == mine
+    rank = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+    tl.store(order + start + rank, place, mask=taken)
+
+    tile = tl.arange(0, TP)
+    size = tl.minimum(count - tile * BN, BN)
+    where = tiles + (first_tile + tile) * 3
+    exists = size > 0
+    tl.store(where, mine + tl.zeros_like(tile), mask=exists)
+    tl.store(where + 1, start + tile * BN, mask=exists)
+    tl.store(where + 2, size, mask=exists)
+    if mine == E - 1:
+        unused = (tile >= tl.sum(tiles_of, axis=0)) & (tile < num_tiles)
+        for part in tl.static_range(3):
+            tl.store(tiles + tile * 3 + part, tl.zeros_like(tile), mask=unused)

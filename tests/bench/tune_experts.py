@@ -144,7 +144,7 @@ def check(layers):
             tokens, place = torch.where(routing.indices == expert)
             if not len(tokens):
                 continue
-            w1, w2 = (dequantize(m, torch.float32, expert=expert).double() for m in (packed.gate_up, packed.down))
+            w1, w2 = (dequantize(m, torch.float32, experts=slice(expert, expert + 1))[0].double() for m in (packed.gate_up, packed.down))
             stored = torch.arange(2 * F, device="cuda").view(-1, 8, 2).transpose(1, 2).reshape(-1)
             b1, f1 = torch.empty_like(packed.gate_up_bias[expert]), torch.empty_like(packed.gate_up_lora.b[expert])
             b1[stored], f1[stored] = packed.gate_up_bias[expert], packed.gate_up_lora.b[expert]
@@ -204,7 +204,7 @@ def main():
             def chain():
                 for packed, hidden in zip(chained, hiddens, strict=True):
                     routing = route(router_logits(hidden, router, bias), top_k=4, tile=plan_for(rows).tokens)
-                    combine_norm(residual, experts_decode(hidden, routing, packed), routing.weights, weight, out=hidden, eps=1e-5)
+                    combine_norm(residual, experts_decode(hidden, routing, packed), routing.weights, weight, dtype=torch.bfloat16, eps=1e-5)
 
             ms = graph_ms(chain) / LAYERS
             parts = {
