@@ -91,8 +91,9 @@ def sample(
         logits, sources = _scaled_and_filtered(logits, rows, sources, state), None
     assert logits.stride(1) == 1
     num_chunks = triton.cdiv(vocabulary, CHUNK)
-    maxima, masses = torch.empty((2, num_rows, num_chunks), dtype=torch.float32, device=logits.device)
-    best = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
+    shape = (num_rows, num_chunks)  # three tensors, each aligned: Triton compiles another kernel for other alignments
+    maxima, masses = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
+    best = torch.empty(shape, dtype=torch.int32, device=logits.device)
     which = rows if sources is None else sources
     flags = {"CHUNK": CHUNK, "SCALED": filtered, "HAS_SOURCES": sources is not None}
     shared = (logits, rows, which, state.temperatures, maxima, masses, best)
