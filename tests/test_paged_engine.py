@@ -1,180 +1,29 @@
-"""The GPU engine's loop, pages and slots, run on the CPU: against the CPU engine, and against a model that remembers.
-
-The second is a stand-in for the model whose next token depends on every token that the cache holds for a sequence, and
-on where it holds them: one page given to two, or one ring overwritten, and the completion is another.
-"""
+"""The GPU engine's loop, pages and slots on the CPU, against the CPU engine and against a model that remembers."""
 
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from stages.engine import Completion, Engine, Request, SamplingParams
 from stages.engine import paged_run as paged_run_module
-from stages.engine.cache import LayerCache
 from stages.engine.graphs import LADDER, bucket_of
-from stages.engine.paged_cache import Sizes
 from stages.engine.paged_engine import PagedEngine
-from stages.engine.pages import PAGE, Pages, pages_needed
-from stages.engine.sampler import uniforms
+from stages.engine.pages import Pages, pages_needed
 from stages.engine.sequence import Sequence as Running
 from tests.plain_step import PlainStep
+from tests.remembering_step import (
+    VOCABULARY,
+    RememberingStep,
+    assert_as_expected,
+    budget,
+    remembering_engine,
+    requests_of,
+    run,
+)
 from tests.test_engine import make_policy, prompt_of
-
-VOCABULARY, WINDOW = 50, 24
-TABLE = torch.randn(997, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 2
-
-
-def remembered(everything: Sequence[int], recent: Sequence[int]) -> Tensor:
-    """Logits [V] that depend on each token and its place: of the whole sequence, and of its last WINDOW tokens."""
-    digest = sum((place + 1) * (token + 3) for place, token in enumerate(everything))
-    digest += sum((place + 7) * (token + 5) for place, token in enumerate(recent))
-    return TABLE[digest % len(TABLE)]
-
-
-class RememberingStep:
-    """One sliding and one full layer, which keep the tokens themselves as keys and their negatives as values."""
-
-    def __init__(self, policy: object, max_rows: int, max_context: int) -> None:
-        self.max_rows = max_rows
-        self.batches: list[int] = []
-        self.prefills: list[tuple[int, int, int]] = []  # tokens, documents, past
-
-    def refresh(self) -> None:
-        pass
-
-    def embed_and_decode(
-        self, rows: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, layers: Sequence[LayerCache]
-    ) -> Tensor:
-        (ring_keys, ring_values), (keys, values) = layers
-        self.batches.append(len(rows))
-        logits = []
-        for slot in rows.tolist():
-            position, token = int(positions[slot]), float(tokens[slot])
-            page = int(page_table[slot, position // PAGE])
-            for cached, sign in ((keys, 1), (values, -1)):
-                cached[page, 0, position % PAGE, 0] = sign * token
-            for cached, sign in ((ring_keys, 1), (ring_values, -1)):
-                cached[slot, 0, position % WINDOW, 0] = sign * token
-            pages = page_table[slot, : position // PAGE + 1].long()
-            whole = [sign * x[pages].flatten()[: position + 1] for x, sign in ((keys, 1), (values, -1))]
-            places = torch.arange(max(0, position - WINDOW + 1), position + 1) % WINDOW
-            recent = [sign * x[slot].flatten()[places] for x, sign in ((ring_keys, 1), (ring_values, -1))]
-            assert torch.equal(*whole)
-            assert torch.equal(*recent)
-            logits.append(remembered(whole[0].int().tolist(), recent[0].int().tolist()))
-        return torch.stack(logits)
-
-    def prefill(
-        self,
-        ids: Tensor,
-        starts: Sequence[int],
-        past: int,
-        past_kv: Callable[[int], tuple[Tensor, Tensor]] | None,
-        write_kv: Callable[[int, Tensor, Tensor], None],
-    ) -> Tensor:
-        self.prefills.append((len(ids), len(starts), past))
-        before: list[list[int]] = [[], []]
-        for layer in (0, 1):
-            if past_kv is not None:
-                keys, values = past_kv(layer)
-                assert torch.equal(keys, -values)
-                assert keys.shape == ((past, min(past, WINDOW))[1 - layer], 1, 1)
-                before[layer] = keys.flatten().int().tolist()
-            stored = ids.float().view(-1, 1, 1)
-            write_kv(layer, stored, -stored)
-        logits = []
-        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
-            own = ids[start:stop].tolist()
-            logits.append(remembered([*before[1], *own], [*before[0], *own][-WINDOW:]))
-        return torch.stack(logits)
-
-
-def remembering_engine(**sizes: int) -> PagedEngine:
-    config = SimpleNamespace(
-        layer_types=["sliding_attention", "full_attention"],
-        num_key_value_heads=1,
-        head_dim=1,
-        sliding_window=WINDOW,
-    )
-    policy = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, model=SimpleNamespace(config=config))
-    return PagedEngine(policy, **({"max_slots": 6, "max_new_tokens": 300} | sizes), step=RememberingStep)
-
-
-def budget(pages: int, *, max_slots: int = 6) -> int:
-    """Bytes of a cache with that many pages beside the scratch page."""
-    sizes = Sizes.of(
-        SimpleNamespace(
-            layer_types=["sliding_attention", "full_attention"],
-            num_key_value_heads=1,
-            head_dim=1,
-            sliding_window=WINDOW,
-        ),
-        max_slots=max_slots,
-        dtype=torch.float32,
-    )
-    assert sizes.page == 2 * PAGE * 4
-    return sizes.rings + (1 + pages) * sizes.page
-
-
-def expected(request: Request) -> Completion:
-    """The request's completion, worked out without an engine."""
-    history, ids, logprobs = list(request.prompt_ids), [], []
-    sampling = request.sampling
-    for uniform in uniforms(sampling.seed, sampling.max_new_tokens):
-        logits = remembered(history, history[-WINDOW:]).double().numpy()
-        shares = np.exp(logits / (sampling.temperature or 1.0))
-        shares /= shares.sum()
-        likeliest, drawn = int(logits.argmax()), int((np.cumsum(shares) <= uniform).sum())
-        token = drawn if sampling.temperature else likeliest
-        ids.append(token)
-        logprobs.append(float(np.log(shares[token])))
-        history.append(token)
-        if token in sampling.stop_token_ids:
-            break
-    return Completion(
-        completion_id=request.completion_id,
-        prompt_ids=request.prompt_ids,
-        completion_ids=tuple(ids),
-        engine_logprobs=tuple(logprobs),
-        finish_reason="stop" if ids[-1] in sampling.stop_token_ids else "length",
-        seed=sampling.seed,
-    )
-
-
-def assert_as_expected(completions: Sequence[Completion], requests: Sequence[Request]) -> None:
-    assert [c.completion_id for c in completions] == [r.completion_id for r in requests]
-    for completion, want in zip(completions, map(expected, requests), strict=True):
-        assert completion.completion_ids == want.completion_ids
-        assert completion.finish_reason == want.finish_reason
-        np.testing.assert_allclose(completion.engine_logprobs, want.engine_logprobs, atol=1e-5)
-
-
-def requests_of(count: int, *, seed: int = 0, longest: int = 400, new: int = 150, group: int = 4) -> list[Request]:
-    """Groups of `group` requests a prompt with random lengths; some stop early, some are greedy."""
-    draw = random.Random(seed)
-    requests = []
-    for index in range(count):
-        if index % group == 0:
-            length = draw.choice((1, 127, 128, 129, 256, draw.randint(1, longest)))
-            prompt = tuple(draw.randrange(VOCABULARY) for _ in range(length))
-        sampling = SamplingParams(
-            max_new_tokens=draw.choice((1, 2, draw.randint(1, new))),
-            temperature=draw.choice((0.0, 0.7, 1.0)),
-            stop_token_ids=tuple(draw.sample(range(VOCABULARY), draw.choice((0, 1, 2, 12)))),
-            seed=index,
-        )
-        requests.append(Request(completion_id=f"{index:03d}", prompt_ids=prompt, sampling=sampling))
-    return requests
-
-
-def run(engine: PagedEngine, requests: Sequence[Request]) -> list[Completion]:
-    return engine.run(requests, lambda _: None, lambda _: None)
 
 
 def test_greedy_and_sampled_completions_equal_the_cpu_engines(random_checkpoint: Path) -> None:

@@ -93,7 +93,7 @@ def sample_triton(logits: Tensor, *, rows: Tensor, state: SamplingState, sources
     """`sample` by two Triton kernels; scaled: the logits are over their temperature already."""
     import triton
 
-    from stages.kernels import sampling_triton
+    from stages.kernels import triton_sampling
 
     num_rows, vocabulary = rows.shape[0], logits.shape[1]
     assert logits.stride(1) == 1
@@ -104,10 +104,10 @@ def sample_triton(logits: Tensor, *, rows: Tensor, state: SamplingState, sources
     which = rows if sources is None else sources
     flags = {"CHUNK": CHUNK, "SCALED": scaled, "HAS_SOURCES": sources is not None}
     shared = (logits, rows, which, state.temperatures, maxima, masses, best)
-    sampling_triton.chunk_masses[(num_chunks, num_rows)](
+    triton_sampling.chunk_masses[(num_chunks, num_rows)](
         *shared, vocabulary, logits.stride(0), num_chunks, **flags, num_warps=4
     )
-    sampling_triton.pick[(num_rows,)](
+    triton_sampling.pick[(num_rows,)](
         *shared,
         *(state.uniforms, state.limits, state.stop_ids),
         *(state.tokens, state.logprobs, state.positions, state.steps, state.finished, state.results),
