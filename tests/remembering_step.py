@@ -22,7 +22,11 @@ from stages.engine.sampler import uniforms
 VOCABULARY, WINDOW = 50, 24
 TABLE = torch.randn(997, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 2
 CONFIG = SimpleNamespace(
-    layer_types=["sliding_attention", "full_attention"], num_key_value_heads=1, head_dim=1, sliding_window=WINDOW
+    layer_types=["sliding_attention", "full_attention"],
+    num_key_value_heads=1,
+    head_dim=1,
+    sliding_window=WINDOW,
+    max_position_embeddings=131_072,
 )
 
 

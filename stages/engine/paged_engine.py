@@ -113,6 +113,8 @@ class PagedEngine:
         self._graphs.capture_s = 0.0
         self._page_table.zero_()
         self._state.finished.fill_(FULL)
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache's memory is not PyTorch's: what its allocator keeps is lacking here
         sizes = {"max_slots": self.max_slots, "num_pages": pages.num_pages}
         self._cache = PagedCache(self._config, **sizes, dtype=self.policy.dtype, memory=self._memory)
         self.stats.cache_bytes = self._cache.nbytes
@@ -164,8 +166,9 @@ class PagedEngine:
         """
         if needed <= self._max_context:
             return
-        self._graphs = None
-        self._max_context = max(4096, 1 << (needed - 1).bit_length())
+        self._graphs = self._step = self._page_table = None  # freed before their successors are made
+        whole = -(-self._config.max_position_embeddings // PAGE) * PAGE
+        self._max_context = min(max(4096, 1 << (needed - 1).bit_length()), whole)
         device, max_slots = self.policy.device, self.max_slots
         if self._make_step is None:
             from stages.engine.step import Step
