@@ -180,8 +180,16 @@ def test_an_exception_gives_the_cache_back_and_the_next_run_is_as_if_nothing_had
 
 def test_a_run_takes_no_more_pages_than_it_can_use() -> None:
     engine = remembering_engine(cache_bytes=budget(100_000))
-    run(engine, requests_of(3, longest=100, new=20))
-    assert 0 < engine.stats.cache_bytes < budget(100)
+    requests = [
+        Request(completion_id=str(n), prompt_ids=(n // 2,) * 200, sampling=SamplingParams(max_new_tokens=57))
+        for n in range(8)
+    ]
+    run(engine, requests[:6])
+    assert engine.stats.cache_bytes == budget(6 * 3)
+    run(engine, requests[:2])
+    assert engine.stats.cache_bytes == budget(2 * 3)
+    run(engine, requests)  # two wait: four prompts may have to be kept, in two pages each
+    assert engine.stats.cache_bytes == budget(6 * 3 + 4 * 2)
 
 
 def test_logits_that_are_not_finite_are_an_error_that_names_the_completion() -> None:

@@ -9,6 +9,7 @@ The same code runs on the CPU without graphs, its kernels in Triton's interprete
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -114,7 +115,7 @@ class PagedEngine:
         self._page_table.zero_()
         self._state.finished.fill_(FULL)
         if self.policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # the cache's memory is not PyTorch's: what its allocator keeps is lacking here
+            torch.cuda.empty_cache()  # the cache's memory is not PyTorch's: what its allocator keeps would be lacking
         sizes = {"max_slots": self.max_slots, "num_pages": pages.num_pages}
         self._cache = PagedCache(self._config, **sizes, dtype=self.policy.dtype, memory=self._memory)
         self.stats.cache_bytes = self._cache.nbytes
@@ -135,7 +136,11 @@ class PagedEngine:
         """Pages of the budget, or as many as this run can use where that is less."""
         sizes = Sizes.of(self._config, max_slots=self.max_slots, dtype=self.policy.dtype)
         needs = sorted((pages_needed(request) for request in requests), reverse=True)
-        useful = 1 + sum(needs[: self.max_slots]) + KEPT_PROMPTS * needs[0]
+        useful = 1 + sum(needs[: self.max_slots])
+        if len(requests) > self.max_slots:  # prompts may be kept for those that wait
+            prompts = Counter(request.prompt_ids for request in requests)
+            several = min(KEPT_PROMPTS, sum(count > 1 for count in prompts.values()))
+            useful += several * -(-max(map(len, prompts)) // PAGE)
         budget = self.cache_bytes or self._free_bytes()
         if budget is None:
             return useful
@@ -155,9 +160,7 @@ class PagedEngine:
         if device.type != "cuda":
             return None
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + unused - RESERVE_BYTES
+        return torch.cuda.mem_get_info(device)[0] - RESERVE_BYTES
 
     def _fit_context(self, needed: int) -> None:
         """Makes the step and the page table for contexts of `needed` tokens, if those there are for fewer.
