@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stages.engine import Completion, Request, SamplingParams
 from stages.engine.cache import LayerCache
+from stages.engine.device_memory import CacheMemory
 from stages.engine.paged_cache import Sizes
 from stages.engine.paged_engine import PagedEngine
 from stages.engine.pages import PAGE
@@ -102,9 +103,10 @@ class RememberingStep:
         return torch.stack(logits).to(ids.device)
 
 
-def remembering_engine(*, device: str = "cpu", **sizes: int) -> PagedEngine:
+def remembering_engine(*, device: str = "cpu", memory: CacheMemory | None = None, **sizes: int) -> PagedEngine:
     policy = SimpleNamespace(device=torch.device(device), dtype=torch.float32, model=SimpleNamespace(config=CONFIG))
-    return PagedEngine(policy, **({"max_slots": 6, "max_new_tokens": 300} | sizes), step=RememberingStep)
+    sizes = {"max_slots": 6, "max_new_tokens": 300} | sizes
+    return PagedEngine(policy, **sizes, step=RememberingStep, memory=memory)
 
 
 def budget(pages: int, *, max_slots: int = 6) -> int:

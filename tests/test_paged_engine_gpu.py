@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.engine import Completion, Engine, Request, SamplingParams
-from stages.engine.device_memory import VirtualMemory, cache_memory
+from stages.engine.device_memory import CacheMemory, VirtualMemory, cache_memory
 from stages.engine.paged_engine import PagedEngine
 from stages.model.checkpoint import Checkpoint
 from stages.model.gpt_oss import build
@@ -85,6 +85,14 @@ def test_graphs_outlive_the_cache_and_the_second_run_captures_nothing() -> None:
     assert engine.stats.graphs == held
     assert engine.stats.capture_s == 0
     assert_as_expected(run(engine, first), first)
+
+
+def test_without_virtual_memory_graphs_go_with_the_cache_and_are_captured_again() -> None:
+    engine = remembering_engine(device="cuda", memory=CacheMemory(torch.device("cuda")))
+    for seed in (1, 2):
+        requests = requests_of(60, seed=seed)
+        assert_as_expected(run(engine, requests), requests)
+        assert engine.stats.capture_s > 0
 
 
 def test_memory_put_behind_the_same_addresses_is_zero_and_goes_back_to_the_card() -> None:

@@ -41,16 +41,18 @@ class PagedEngine:
         cache_bytes: int = 0,
         graphs: bool | None = None,
         step: Callable[[Policy, int, int], StepLike] | None = None,
+        memory: CacheMemory | None = None,
     ) -> None:
         """cache_bytes: the cache's budget, 0 for what is free. graphs: None captures them on a card and nowhere else.
 
-        step makes the model's mathematics for (policy, rows at most, context at most); None takes Step.
+        step makes the model's mathematics for (policy, rows at most, context at most); None takes Step. memory: where
+        the cache lies; None takes the best there is.
         """
         self.policy, self.max_slots, self.cache_bytes = policy, max_slots, cache_bytes
         self._make_step = step
         self._config = policy.model.config
         self._state = make_state(max_slots=max_slots, max_new_tokens=max_new_tokens, device=policy.device)
-        self._memory: CacheMemory = cache_memory(policy.device)
+        self._memory = memory or cache_memory(policy.device)
         self._capture = policy.device.type == "cuda" if graphs is None else graphs
         self._max_context = 0
         self._step: StepLike | None = None

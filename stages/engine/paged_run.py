@@ -105,6 +105,7 @@ class PagedRun:
         self._in_flight: list[_InFlight] = []
         self._blocked = False  # whoever waits first did not fit, and nothing has ended since
         self._active: list[int] = []  # the slots that the graphs' rows name
+        self._filtered = False  # whether any of them has a filter
         self._prefills: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def run(self) -> list[Completion]:
@@ -230,11 +231,13 @@ class PagedRun:
             return False
         sequences = [running[slot] for slot in active]
         bucket = bucket_of(len(active), self.max_slots)
-        filtered = any(filters(sequence.request.sampling) for sequence in sequences)
-        if self.graphs.prepare(bucket, filtered=filtered) or active != self._active:
+        changed = active != self._active
+        if changed:
+            self._filtered = any(filters(sequence.request.sampling) for sequence in sequences)
+        if self.graphs.prepare(bucket, filtered=self._filtered) or changed:
             self.graphs.assign(upload(active, torch.int32, self.device))
             self._active = active
-        self.graphs.run(bucket, filtered=filtered)
+        self.graphs.run(bucket, filtered=self._filtered)
         self.stats.decode_steps += 1
         self._owe(sequences, decoded=True)
         return True
