@@ -91,8 +91,7 @@ def replay(policy: Policy, *, memory: Memory, rollout: Rollout | None = None, se
         "prompt_tokens": sum(len(ids) for ids in dict.fromkeys(request.prompt_ids for request in requests)),
         "steps": len(steps),
         "lengths": {"mean": statistics.mean(generated), "median": statistics.median(generated), "max": max(generated)},
-        "distribution": "lognormal",
-        **rollout._asdict(),
+        "rollout": {"distribution": "lognormal", **rollout._asdict()},
         **figures,
     }
 
