@@ -1,11 +1,13 @@
 """Fixtures that several files share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 from tests.random_gpt_oss import write_checkpoint
 
 
