@@ -62,9 +62,11 @@ class Rows:
         seed: int = 0,
         make_step: Callable[..., Any] | None = None,
         capture: bool | None = None,
+        note_routes: bool = False,
     ) -> None:
         """max_tokens: that a row's cache can hold; max_new_tokens: steps before `rewind`. make_step and capture are as
-        those of the engine: Step, and graphs on a card alone.
+        those of the engine: Step, and graphs on a card alone. note_routes: keep the experts of each step, for
+        `last_routes`.
         """
         if make_step is None:
             from stages.engine.step import Step
@@ -88,6 +90,7 @@ class Rows:
         self.step = make_step(policy, count, context)
         self.step.refresh()
         self._logits: Tensor | None = None
+        self._noted: list[Tensor] | None = [] if note_routes else None
         on_card = device.type == "cuda" if capture is None else capture
         self._graphs = Graphs(self._decode, max_rows=count, dummy=self.state.dummy, device=device, capture=on_card)
         self._begun = self._moving()
@@ -132,17 +135,19 @@ class Rows:
         for tensor, value in zip(self._moving(), self._begun, strict=True):
             tensor.copy_(value)
 
-    @torch.no_grad()
     def routes(self) -> Tensor:
-        chosen: list[Tensor] = []
-        self.step.routes = chosen
+        noted, self._noted = self._noted, []
         try:
-            rows = torch.arange(self.count, dtype=torch.int32, device=self._device)
-            self._decode(rows, False)
+            self._decode(torch.arange(self.count, dtype=torch.int32, device=self._device), False)
+            return self.last_routes()
         finally:
-            self.step.routes = None
-        assert len(chosen) == len(self.cache.layers), "the step did not note its routes"
-        return torch.stack(chosen)
+            self._noted = noted
+
+    def last_routes(self) -> Tensor:
+        """The experts int [layers, rows, k] of the last step; only with note_routes."""
+        assert self._noted is not None
+        assert len(self._noted) == len(self.cache.layers), "the step did not note its routes"
+        return torch.stack(self._noted)
 
     def close(self) -> None:
         self._graphs.clear()
@@ -171,9 +176,13 @@ class Rows:
     @torch.no_grad()
     def _decode(self, rows: Tensor, filtered: bool) -> None:
         state = self.state
+        if self._noted is not None:
+            self._noted.clear()
+        self.step.routes = self._noted
         logits = self.step.embed_and_decode(rows, state.tokens, state.positions, self._page_table, self.cache.layers)
+        self.step.routes = None
         sample(logits, rows=rows, state=state, filtered=filtered)
-        self._logits = logits  # of a captured step: where every replay puts them
+        self._logits = logits  # of a captured step: where every replay puts them, as with the routes
 
 
 def open_case(policy: Policy, *, rows: int, context: int, room: int, seed: int = 0) -> DecodeCase:

@@ -157,8 +157,9 @@ def replay_words(row: Row, shape: str) -> str:
         return str(row["error"])
     held = f" ({verdict(row['tokens_per_s'], REPLAY, lora=bool(row['lora']))})" if shape == "gpt-oss-20b" else ""
     rollout = row["rollout"]
+    completions = f"{rollout['prompts']} x {rollout['group_size']} completions"
     return (
-        f"{rollout['prompts']} x {rollout['group_size']} completions of {row['lengths']['mean']:.0f} tokens on average, "
+        f"{completions} of {row['lengths']['mean']:.0f} tokens on average, "
         f"{rollout['max_slots']} slots: {row['tokens_per_s']:,.0f} tokens/s end to end{held}, "
         f"{row['tokens_per_s_without_capture']:,.0f} without {row['capture_s']:.1f} s of graph capture, "
         f"{gigabytes(row['peak_bytes'])} GB"
