@@ -61,9 +61,7 @@ class Copy(NamedTuple):
 class PagedCache:
     """The tensors of one run; zero at first, so that what no token has written is finite."""
 
-    def __init__(
-        self, config: Any, *, max_slots: int, num_pages: int, dtype: torch.dtype, memory: CacheMemory
-    ) -> None:
+    def __init__(self, config: Any, *, max_slots: int, num_pages: int, dtype: torch.dtype, memory: CacheMemory) -> None:
         self.window = int(config.sliding_window)
         self.device = memory.device
         self.sliding = [kind == "sliding_attention" for kind in config.layer_types]
@@ -92,7 +90,9 @@ class PagedCache:
             rows.append(np.full(len(tail), span.slot))
             places.append(tail % self.window)
             start += span.length
-        index = [upload(np.concatenate(part), torch.int64, self.device) for part in (pages, offsets, taken, rows, places)]
+        index = [
+            upload(np.concatenate(part), torch.int64, self.device) for part in (pages, offsets, taken, rows, places)
+        ]
         page, offset, take, row, place = index
 
         def write(layer: int, keys: Tensor, values: Tensor) -> None:

@@ -8,67 +8,24 @@ addresses are kept (device_memory.py); where there is none, the graphs go with t
 The same code runs on the CPU without graphs, its kernels in Triton's interpreter: for tests.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from stages.engine.cache import LayerCache
 from stages.engine.device_memory import CacheMemory, cache_memory
 from stages.engine.graphs import Graphs
 from stages.engine.paged_cache import PagedCache, Sizes
-from stages.engine.paged_run import PagedRun
+from stages.engine.paged_run import PagedRun, Stats, StepLike
 from stages.engine.pages import KEPT_PROMPTS, PAGE, Pages, pages_needed
 from stages.engine.sequence import Completion, Request
-from stages.kernels.sampling import make_state, sample
+from stages.kernels.sampling import FULL, make_state, sample
 from stages.model.policy import Policy
 
 # Of the free memory, left alone when the cache's size is automatic: a prefill of 8192 tokens, the graphs' own pool, and
 # what the allocator cannot use for fragmentation.
 RESERVE_BYTES = 3 << 30
-
-
-class StepLike(Protocol):
-    """The model's mathematics, see stages/engine/step.py."""
-
-    def refresh(self) -> None: ...
-
-    def embed_and_decode(
-        self, rows: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, layers: Sequence[LayerCache]
-    ) -> Tensor: ...
-
-    def prefill(
-        self,
-        ids: Tensor,
-        starts: Sequence[int],
-        past: int,
-        past_kv: Callable[[int], tuple[Tensor, Tensor]] | None,
-        write_kv: Callable[[int, Tensor, Tensor], None],
-    ) -> Tensor: ...
-
-
-@dataclass
-class Stats:
-    """What the last run did."""
-
-    seconds: float = 0.0
-    prefill_tokens: int = 0  # computed; shared prompts count once
-    prefill_s: float = 0.0  # of the device
-    decode_steps: int = 0
-    decode_tokens: int = 0  # sampled by decode steps, those thrown away not counted
-    waiting_s: float = 0.0  # of the host, for the device
-    capture_s: float = 0.0  # within the run, the compilation of kernels included
-    graphs: int = 0  # held at its end
-    cache_bytes: int = 0
-    peak_bytes: int = 0  # of PyTorch's allocator since its statistics were last reset, and the cache
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
 
 
 class PagedEngine:
@@ -111,19 +68,14 @@ class PagedEngine:
         started = time.perf_counter()
         try:
             with torch.no_grad():
-                run = self._begin(requests, on_finished, on_step)
-                return run.run()
+                return self._begin(requests, on_finished, on_step).run()
         finally:
             self.release()
             self.stats.seconds = time.perf_counter() - started
 
     def release(self) -> None:
         """Gives the cache back. A run does it itself; what is left is the step, the slots' state and the graphs."""
-        if self._graphs is not None:
-            self.stats.graphs, self.stats.capture_s = len(self._graphs), self._graphs.capture_s
-            if not self._memory.stable:
-                self._graphs.clear()
-        if self._cache is None:
+        if self._cache is None and not self._memory.held_bytes:
             return
         cuda = self.policy.device.type == "cuda"
         try:
@@ -131,7 +83,13 @@ class PagedEngine:
                 torch.cuda.synchronize(self.policy.device)
                 self.stats.peak_bytes = torch.cuda.max_memory_allocated() + self._memory.held_bytes
         finally:
-            self._cache = None
+            if self._graphs is not None:
+                self.stats.graphs, self.stats.capture_s = len(self._graphs), self._graphs.capture_s
+                if not self._memory.stable:
+                    self._graphs.clear()
+            if self._cache is not None:
+                self._cache.layers.clear()  # an exception's traceback may hold on to the cache
+                self._cache = None
             self._memory.give_back()
             if cuda:
                 torch.cuda.empty_cache()
@@ -140,29 +98,25 @@ class PagedEngine:
         """Gives everything back; the next run begins as the first did."""
         self.release()
         self._graphs = self._step = self._page_table = None
-        self._memory = cache_memory(self.policy.device)
+        self._memory.close()
         self._max_context = 0
 
     def _begin(
         self, requests: Sequence[Request], on_finished: Callable[[Completion], None], on_step: Callable[[int], None]
     ) -> PagedRun:
-        num_pages = self._num_pages(requests)
-        pages = Pages(requests, num_pages=num_pages)  # refuses what can never fit, before anything is allocated
         self._fit_context(max(pages_needed(request) for request in requests) * PAGE)
+        pages = Pages(requests, num_pages=self._num_pages(requests))
         assert self._step is not None
         assert self._graphs is not None
         assert self._page_table is not None
         self._step.refresh()
         self._graphs.capture_s = 0.0
         self._page_table.zero_()
-        self._state.finished.fill_(1)
-        self._cache = PagedCache(
-            self._config,
-            max_slots=self.max_slots,
-            num_pages=num_pages,
-            dtype=self.policy.dtype,
-            memory=self._memory,
-        )
+        self._state.finished.fill_(FULL)
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache's memory is not PyTorch's: what its allocator keeps is lacking here
+        sizes = {"max_slots": self.max_slots, "num_pages": pages.num_pages}
+        self._cache = PagedCache(self._config, **sizes, dtype=self.policy.dtype, memory=self._memory)
         self.stats.cache_bytes = self._cache.nbytes
         return PagedRun(
             requests,
@@ -212,8 +166,9 @@ class PagedEngine:
         """
         if needed <= self._max_context:
             return
-        self._graphs = None
-        self._max_context = max(4096, 1 << (needed - 1).bit_length())
+        self._graphs = self._step = self._page_table = None  # freed before their successors are made
+        whole = -(-self._config.max_position_embeddings // PAGE) * PAGE
+        self._max_context = min(max(4096, 1 << (needed - 1).bit_length()), whole)
         device, max_slots = self.policy.device, self.max_slots
         if self._make_step is None:
             from stages.engine.step import Step
@@ -230,11 +185,4 @@ class PagedEngine:
             logits = step.embed_and_decode(rows, state.tokens, state.positions, table, self._cache.layers)
             sample(logits, rows=rows, state=state, filtered=filtered)
 
-        self._graphs = Graphs(
-            decode, max_rows=max_slots, dummy=self._state.dummy, device=device, capture=self._capture
-        )
-
-
-def figures(stats: Stats) -> dict[str, Any]:
-    """The statistics as a flat dictionary, for a record."""
-    return dataclasses.asdict(stats) | {"prefill_tokens_per_s": stats.prefill_tokens_per_s}
+        self._graphs = Graphs(decode, max_rows=max_slots, dummy=self._state.dummy, device=device, capture=self._capture)

@@ -8,14 +8,16 @@ once: everything is ordered on one stream, and the newcomer's prefill comes afte
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence as SequenceOf
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stages.engine.cache import LayerCache
 from stages.engine.graphs import Graphs, bucket_of
 from stages.engine.paged_cache import Copy, PagedCache, Span
 from stages.engine.pages import PAGE, Kept, Pages
@@ -25,11 +27,47 @@ from stages.engine.sequence import Completion, Request, SamplingParams, Sequence
 from stages.engine.transfer import Readback, upload
 from stages.kernels.sampling import RUNNING, STOP_IDS, SamplingState, sample
 
-if TYPE_CHECKING:
-    from stages.engine.paged_engine import Stats, StepLike
-
 PREFILL_TOKENS = 8192  # of one prefill: several prompts together, or a chunk of a longer one
 LAG = 2  # steps launched and not yet read; one would do if the host were never late
+
+
+class StepLike(Protocol):
+    """The model's mathematics, see stages/engine/step.py."""
+
+    def refresh(self) -> None: ...
+
+    def embed_and_decode(
+        self, rows: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, layers: SequenceOf[LayerCache]
+    ) -> Tensor: ...
+
+    def prefill(
+        self,
+        ids: Tensor,
+        starts: SequenceOf[int],
+        past: int,
+        past_kv: Callable[[int], tuple[Tensor, Tensor]] | None,
+        write_kv: Callable[[int, Tensor, Tensor], None],
+    ) -> Tensor: ...
+
+
+@dataclass
+class Stats:
+    """What the last run did."""
+
+    seconds: float = 0.0
+    prefill_tokens: int = 0  # computed; shared prompts count once
+    prefill_s: float = 0.0  # of the device
+    decode_steps: int = 0
+    decode_tokens: int = 0  # sampled by decode steps, those thrown away not counted
+    waiting_s: float = 0.0  # of the host, for the device
+    capture_s: float = 0.0  # within the run, the compilation of kernels included
+    graphs: int = 0  # held at its end
+    cache_bytes: int = 0
+    peak_bytes: int = 0  # of PyTorch's allocator since its statistics were last reset, and the cache
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
 
 
 class _InFlight(NamedTuple):
@@ -47,13 +85,13 @@ class PagedRun:
         self,
         requests: SequenceOf[Request],
         *,
-        step: "StepLike",
+        step: StepLike,
         state: SamplingState,
         page_table: Tensor,
         cache: PagedCache,
         pages: Pages,
         graphs: Graphs,
-        stats: "Stats",
+        stats: Stats,
         on_finished: Callable[[Completion], None],
         on_step: Callable[[int], None],
     ) -> None:

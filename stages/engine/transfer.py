@@ -23,7 +23,7 @@ class Readback:
         if source.is_cuda:
             self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             self._copy.copy_(source, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event(blocking=True)  # the waiting thread leaves its core to the sandboxes
             self._event.record()
         else:
             self._copy = source.clone()

@@ -79,28 +79,35 @@ def sample(
     need no sort. A token of a slot that had finished is reported as STALE and changes nothing. Where logits are not
     finite the log-probability is NaN.
     """
-    import triton
-
-    from stages.kernels import sampling_triton
-
-    num_rows, vocabulary = rows.shape[0], logits.shape[1]
+    num_rows = rows.shape[0]
     if num_rows > state.results.shape[0] or (sources is None and logits.shape[0] != num_rows):
         shapes = f"{num_rows} rows, logits {tuple(logits.shape)}, room for {state.results.shape[0]}"
         raise ValueError(f"rows, logits and state do not fit: {shapes}")
     if filtered:
         logits, sources = _scaled_and_filtered(logits, rows, sources, state), None
+    launch = sample_triton if logits.is_cuda else sample_plain
+    launch(logits, rows=rows, state=state, sources=sources, scaled=filtered)
+
+
+def sample_triton(logits: Tensor, *, rows: Tensor, state: SamplingState, sources: Tensor | None, scaled: bool) -> None:
+    """`sample` by two Triton kernels; scaled: the logits are over their temperature already."""
+    import triton
+
+    from stages.kernels import triton_sampling
+
+    num_rows, vocabulary = rows.shape[0], logits.shape[1]
     assert logits.stride(1) == 1
     num_chunks = triton.cdiv(vocabulary, CHUNK)
     shape = (num_rows, num_chunks)  # three tensors, each aligned: Triton compiles another kernel for other alignments
     maxima, masses = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     best = torch.empty(shape, dtype=torch.int32, device=logits.device)
     which = rows if sources is None else sources
-    flags = {"CHUNK": CHUNK, "SCALED": filtered, "HAS_SOURCES": sources is not None}
+    flags = {"CHUNK": CHUNK, "SCALED": scaled, "HAS_SOURCES": sources is not None}
     shared = (logits, rows, which, state.temperatures, maxima, masses, best)
-    sampling_triton.chunk_masses[(num_chunks, num_rows)](
+    triton_sampling.chunk_masses[(num_chunks, num_rows)](
         *shared, vocabulary, logits.stride(0), num_chunks, **flags, num_warps=4
     )
-    sampling_triton.pick[(num_rows,)](
+    triton_sampling.pick[(num_rows,)](
         *shared,
         *(state.uniforms, state.limits, state.stop_ids),
         *(state.tokens, state.logprobs, state.positions, state.steps, state.finished, state.results),
@@ -112,6 +119,35 @@ def sample(
     )
 
 
+def sample_plain(logits: Tensor, *, rows: Tensor, state: SamplingState, sources: Tensor | None, scaled: bool) -> None:
+    """`sample` in plain PyTorch: the CPU's path, and what the kernels are tested against."""
+    slots = rows.long()
+    own = (logits if sources is None else logits[sources.long()]).float()
+    greedy = state.temperatures[slots] == 0
+    if not scaled:
+        own = own / torch.where(greedy, 1.0, state.temperatures[slots])[:, None]
+    logprobs = own.log_softmax(-1)
+    cumulative = logprobs.double().exp_().cumsum(-1)
+    steps = torch.minimum(state.steps[slots], state.limits[slots] - 1)
+    total = cumulative[:, -1]
+    drawn = state.uniforms[slots, steps.long()] * total
+    drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, drawn[:, None], right=True).squeeze(1).clamp(max=own.shape[1] - 1)
+    tokens = torch.where(greedy, own.argmax(-1), drawn)
+    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+    active = state.finished[slots] == RUNNING
+    stopped = (state.stop_ids[slots] == tokens[:, None]).any(-1)
+    flags = torch.where(stopped, STOPPED, torch.where(steps + 1 >= state.limits[slots], FULL, RUNNING)).int()
+    state.results[: len(slots)] = torch.stack(
+        (tokens.int(), chosen.view(torch.int32), torch.where(active, flags, STALE), steps), dim=-1
+    )
+    on = slots[active]
+    state.tokens[on], state.logprobs[on], state.finished[on] = tokens[active], chosen[active], flags[active]
+    state.positions[on] += 1
+    state.steps[on] += 1
+
+
 def _scaled_and_filtered(logits: Tensor, rows: Tensor, sources: Tensor | None, state: SamplingState) -> Tensor:
     """Logits float32 [b, V] over the temperature with -inf where a filter cuts, some rows at a time."""
     out = torch.empty((rows.shape[0], logits.shape[1]), dtype=torch.float32, device=logits.device)
@@ -121,9 +157,7 @@ def _scaled_and_filtered(logits: Tensor, rows: Tensor, sources: Tensor | None, s
         own = logits[part] if sources is None else logits[sources[part].long()]
         temperature = state.temperatures[slots][:, None]
         scaled = own.float() / torch.where(temperature == 0, 1.0, temperature)
-        out[part] = filter_logits(
-            scaled, top_k=state.top_k[slots], top_p=state.top_p[slots], min_p=state.min_p[slots]
-        )
+        out[part] = filter_logits(scaled, top_k=state.top_k[slots], top_p=state.top_p[slots], min_p=state.min_p[slots])
     return out
 
 
