@@ -28,6 +28,7 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--prefill", action="store_true", help="also measure the prefill of 64 x 512 tokens")
     parser.add_argument("--replay", action="store_true", help="also replay an RL rollout of 64 prompts x 8 completions")
+    parser.add_argument("--slots", type=int, default=256, metavar="N", help="of the replay's engine (256)")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of all that is not MXFP4 (bf16)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, cache and prompts (0)")
     parser.add_argument(
@@ -43,7 +44,7 @@ def bench_engine(args: Namespace) -> int:
     """Measures, prints the table, writes the JSON; 1 when something of ours could not be measured."""
     cases = [] if args.cases == "none" else parse_cases(args.cases)
     ranks = parse_ranks(args.lora)
-    for name in ("repeats", "steps"):
+    for name in ("repeats", "steps", "slots"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}", "at least 1")
     names = () if args.peers == "none" else tuple(args.peers.split(","))
@@ -62,6 +63,7 @@ def bench_engine(args: Namespace) -> int:
         steps=args.steps,
         peers=names,
         replay=args.replay,
+        slots=args.slots,
         prefill=args.prefill,
         dtype=args.dtype,
         seed=args.seed,

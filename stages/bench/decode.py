@@ -155,7 +155,7 @@ class Rows:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         del self.cache
-        self._memory.give_back()
+        self._memory.close()
 
     def _begin(self, lengths: Sequence[int]) -> None:
         """Every row has so many tokens cached and begins to decode."""

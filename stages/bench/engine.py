@@ -48,6 +48,8 @@ class Options:
     # decode steps of a repeat
     peers: tuple[str, ...] = ()
     replay: bool = False
+    slots: int = 256
+    # of the replay's engine
     prefill: bool = False
     dtype: str = "bf16"
     seed: int = 0
@@ -127,7 +129,10 @@ def measure_policy(options: Options, rank: int, report: Report, *, memory: Memor
         )
     if options.replay:
         note("replay")
-        report.attempt("replay", {"lora": rank}, lambda: rollouts.replay(policy, memory=memory, seed=options.seed))
+        rollout = rollouts.Rollout(max_slots=options.slots)
+        report.attempt(
+            "replay", {"lora": rank}, lambda: rollouts.replay(policy, memory=memory, rollout=rollout, seed=options.seed)
+        )
 
 
 def measure_case(
@@ -151,6 +156,7 @@ def measure_case(
         startup = time.perf_counter() - started
         milliseconds = time_steps(decoding, options.steps, options.repeats, device=device)
         held = memory.row()
+        decoding.rewind()  # one more step has no room
         routes = decoding.routes()
     finally:
         decoding.close()

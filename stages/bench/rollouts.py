@@ -4,6 +4,7 @@ The rollout is that of an iteration: 64 prompts of about 200 tokens, 8 completio
 is drawn from a stated distribution and enforced by its own max_new_tokens, as random weights never stop by themselves.
 """
 
+import dataclasses
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -59,9 +60,8 @@ def rollout_requests(rollout: Rollout, *, vocabulary: int, seed: int) -> list[Re
     ]
 
 
-def replay(policy: Policy, *, memory: Memory, rollout: Rollout | None = None, seed: int = 0) -> Row:
+def replay(policy: Policy, *, memory: Memory, rollout: Rollout, seed: int = 0) -> Row:
     """tokens_per_s end to end: prefill, refill and, unless the name says otherwise, the capture of every graph."""
-    rollout = rollout or Rollout()
     requests = rollout_requests(rollout, vocabulary=policy.model.config.vocab_size, seed=seed)
     memory.reset()
     steps = []
@@ -77,11 +77,12 @@ def replay(policy: Policy, *, memory: Memory, rollout: Rollout | None = None, se
     completions = engine.run(requests, on_step=on_step)
     synchronize(policy.device)
     seconds = time.perf_counter() - started
-    figures = memory.row()
+    figures, stats = memory.row(), engine.stats
+    engine.close()
     generated = [len(completion.completion_ids) for completion in completions]
     wanted = [request.sampling.max_new_tokens for request in requests]
     assert generated == wanted, "a completion has another length than was asked for"
-    capture = float(getattr(engine, "capture_s", 0.0))
+    capture = stats.capture_s if stats else 0.0
     return {
         "tokens_per_s": sum(generated) / seconds,
         "tokens_per_s_without_capture": sum(generated) / (seconds - capture),
@@ -91,6 +92,7 @@ def replay(policy: Policy, *, memory: Memory, rollout: Rollout | None = None, se
         "prompt_tokens": sum(len(ids) for ids in dict.fromkeys(request.prompt_ids for request in requests)),
         "steps": len(steps),
         "lengths": {"mean": statistics.mean(generated), "median": statistics.median(generated), "max": max(generated)},
+        "engine": dataclasses.asdict(stats) if stats else {},
         "rollout": {"distribution": "lognormal", **rollout._asdict()},
         **figures,
     }
@@ -113,6 +115,8 @@ def prefill(
         engine.run(requests)
         synchronize(policy.device)
         seconds.append(time.perf_counter() - started)
+    figures, stats = memory.row(), engine.stats
+    engine.close()
     first, *warm = seconds
     return {
         "prompts": prompts,
@@ -120,5 +124,6 @@ def prefill(
         "tokens_per_s": prompts * tokens / statistics.median(warm),
         "wall_s": statistics.median(warm),
         "first_s": first,
-        **memory.row(),
+        "engine": dataclasses.asdict(stats) if stats else {},  # of the last repeat
+        **figures,
     }
