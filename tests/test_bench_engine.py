@@ -237,7 +237,9 @@ def test_rows_decode_from_their_context_and_can_be_taken_back(policy: Policy) ->
         assert torch.equal(rows.state.tokens[:2], first)
     assert rows.routes().tolist() == [[[layer] * 4] * 2 for layer in range(TINY.num_layers)]
     assert all(0.9 < layer.keys.std() < 1.1 for layer in rows.cache.layers)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in rows.cache.layers)
     rows.close()
+    assert rows.cache_bytes == held  # told after it is given back
 
 
 def test_rows_take_prompts_and_forced_tokens(policy: Policy) -> None:

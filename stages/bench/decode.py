@@ -87,6 +87,7 @@ class Rows:
         self._memory = cache_memory(device)
         sizes = {"max_slots": count, "num_pages": 1 + count * pages}
         self.cache = PagedCache(config, **sizes, dtype=policy.dtype, memory=self._memory)
+        self.cache_bytes = self.cache.nbytes
         self.step = make_step(policy, count, context)
         self.step.refresh()
         self._logits: Tensor | None = None
@@ -94,10 +95,6 @@ class Rows:
         on_card = device.type == "cuda" if capture is None else capture
         self._graphs = Graphs(self._decode, max_rows=count, dummy=self.state.dummy, device=device, capture=on_card)
         self._begun = self._moving()
-
-    @property
-    def cache_bytes(self) -> int:
-        return self.cache.nbytes
 
     def fill(self, context: int) -> None:
         """Random keys and values, standard normal, for `context` tokens of every row; the next token is random too."""
