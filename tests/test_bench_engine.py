@@ -21,7 +21,7 @@ from stages.config import UserError
 from stages.model import lora
 from stages.model.policy import Policy
 from stages.model.shapes import SHAPES
-from stages.model.synthetic import synthetic_policy
+from stages.model.synthetic import random_tensors, synthetic_policy
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -109,7 +109,7 @@ def test_the_synthetic_model_holds_out_in_fp16() -> None:
         module.register_forward_hook(lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out))
     policy.model(torch.randint(0, TINY.vocabulary, (1, 64)))
     tensors = [value for value in seen if isinstance(value, Tensor)]
-    assert len(tensors) > 50
+    assert len(tensors) > 40
     assert all(torch.isfinite(value).all() for value in tensors)
 
 
@@ -122,14 +122,23 @@ def test_the_same_seed_makes_the_same_model_and_another_another() -> None:
     assert same == []
 
 
-def test_experts_are_packed_bytes_and_rank_0_is_no_adapter_at_all() -> None:
+def test_experts_are_packed_and_rank_0_is_no_adapter_at_all() -> None:
     bare = synthetic_policy(TINY, lora_rank=0, device=CPU)
-    experts = bare.model.model.layers[1].mlp.experts
-    assert experts.gate_up.blocks.dtype == experts.down.scales.dtype == torch.uint8
-    assert int(experts.down.scales.max()) < 128  # what the fast unpacking asks for
+    tensors = bare.model.model.layers[1].mlp.experts.state_dict().values()
+    packed = [tensor for tensor in tensors if not tensor.is_floating_point()]
+    assert sum(tensor.nbytes for tensor in packed) == 8 * 3 * 128 * 128 * 17 // 32
+    assert all(tensor.dim() == 2 for tensor in tensors if tensor.is_floating_point())  # biases [E, out]
     assert bare.parameters() == []
     assert not any(isinstance(module, lora.LoraLinear | lora.ExpertLora) for module in bare.model.modules())
     assert bare.stop_token_ids == TINY.stop_token_ids
+
+
+def test_scales_are_such_as_the_fast_unpacking_asks_for() -> None:
+    tensors = dict(random_tensors(TINY.config(), dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)))
+    scales = torch.cat([tensor.flatten() for name, tensor in tensors.items() if name.endswith("_scales")])
+    assert (int(scales.min()), int(scales.max())) == (118, 121)
+    blocks = tensors["model.layers.2.mlp.experts.down_proj_blocks"]
+    assert len(blocks.unique()) == 256
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--prefill", action="store_true", help="also measure the prefill of 64 x 512 tokens")
     parser.add_argument("--replay", action="store_true", help="also replay an RL rollout of 64 prompts x 8 completions")
+    parser.add_argument("--profile", action="store_true", help="also tell which kernels a step's time goes to")
     parser.add_argument("--slots", type=int, default=256, metavar="N", help="of the replay's engine (256)")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of all that is not MXFP4 (bf16)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, cache and prompts (0)")
@@ -64,6 +65,7 @@ def bench_engine(args: Namespace) -> int:
         peers=names,
         replay=args.replay,
         slots=args.slots,
+        profile=args.profile,
         prefill=args.prefill,
         dtype=args.dtype,
         seed=args.seed,

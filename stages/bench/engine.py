@@ -22,6 +22,7 @@ from stages.bench import peers, rollouts
 from stages.bench.cases import Case
 from stages.bench.decode import DecodeCase, open_case
 from stages.bench.floor import REFERENCE_TB_S, expected_experts, floor_tokens_per_s
+from stages.bench.kernel_times import kernel_times
 from stages.bench.memory import Memory, free_memory, synchronize
 from stages.config import UserError
 from stages.model.policy import Policy
@@ -50,6 +51,8 @@ class Options:
     replay: bool = False
     slots: int = 256
     # of the replay's engine
+    profile: bool = False
+    # also tell each case's kernels
     prefill: bool = False
     dtype: str = "bf16"
     seed: int = 0
@@ -156,6 +159,10 @@ def measure_case(
         startup = time.perf_counter() - started
         milliseconds = time_steps(decoding, options.steps, options.repeats, device=device)
         held = memory.row()
+        kernels = {}
+        if options.profile:
+            decoding.rewind()
+            kernels = {"kernels": kernel_times(decoding.run, steps=min(8, options.steps))}
         decoding.rewind()  # one more step has no room
         routes = decoding.routes()
     finally:
@@ -170,6 +177,7 @@ def measure_case(
         "capture_s": decoding.capture_s,
         "cache_bytes": decoding.cache_bytes,
         **held,
+        **kernels,
     }
 
 

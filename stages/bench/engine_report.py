@@ -99,6 +99,10 @@ def lines_of(body: Row) -> Iterator[str]:
     for row in body["rows"]:
         if "error" in row:
             yield f"   {row['system']}, {case_of(row)}: {row['error']}"
+    for row in body["rows"]:
+        for kernel in row.get("kernels", ()):
+            name, count = kernel["kernel"], kernel["launches_per_step"]
+            yield f"   {case_of(row)}, LoRA {rank_of(row)}: {kernel['us_per_step']:8.1f} us in {count:5.1f} x {name}"
     for row in body["startup"]:
         yield f"weights with LoRA {rank_of(row)}: made in {row['weights_s']:.1f} s, {gigabytes(row['weight_bytes'])} GB"
     for row in body["prefill"]:
