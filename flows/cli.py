@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import stages.bench.command
 import stages.report
 import stages.runs
 from flows.config import differences, overridden, resolved, resumed, shown
@@ -119,6 +120,10 @@ def parser() -> Parser:
     )
     bench_score.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
     bench_score.set_defaults(command=bench_score_command)
+
+    stages.bench.command.add_engine_arguments(
+        bench.add_parser("engine", help="how fast the engine decodes, how near the memory limit, beside its peers")
+    )
 
     doctor = commands.add_parser("doctor", help="check this machine")
     doctor.set_defaults(command=doctor_command)

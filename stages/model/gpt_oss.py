@@ -4,6 +4,7 @@ The model is built empty and each tensor put in its place as it is read, so ther
 registered with transformers under the name `flexsink`, with a mask function that hands the padding mask on as it is.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from stages.model.experts import DenseWeight, Experts, PackedWeight
 from stages.model.mxfp4 import Mxfp4, dequantize
 
 ATTENTION_NAME = "flexsink"
+STACKS = ("gate_up_proj", "down_proj")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")  # float32, as transformers
 
 
@@ -49,32 +51,50 @@ AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
 def build(
     checkpoint: Checkpoint, *, experts: str, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> GptOssForCausalLM:
-    """The checkpoint's model in eval mode; every parameter is frozen.
+    """The checkpoint's model, as `assemble` makes it."""
+    return assemble(checkpoint.config, checkpoint.tensors(), experts=experts, dtype=dtype, device=device)
 
-    experts: "mxfp4" keeps the checkpoint's blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay
-    dense in both. Norms stay float32 in every dtype, as transformers keeps them.
+
+def assemble(
+    config: Any,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    experts: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> GptOssForCausalLM:
+    """The model of these named tensors in eval mode; every parameter is frozen. A tensor that is on `device` and of the
+    right type already is taken as it is.
+
+    experts: "mxfp4" keeps blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay dense in both.
+    Norms stay float32 in every dtype, as transformers keeps them.
     """
-    config = checkpoint.config
     config._attn_implementation = ATTENTION_NAME
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
     model.model.rotary_emb = GptOssRotaryEmbedding(config).to(device)  # its buffers are in no checkpoint
     stacks: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in tensors:
         layer, _, part = name.partition(".mlp.experts.")
-        if part:
-            keep = tensor.dtype == torch.uint8
-            stacks.setdefault(layer, {})[part] = tensor.to(device) if keep else tensor.to(device, dtype)
+        if not part:
+            owner, _, attribute = name.rpartition(".")
+            wanted = torch.float32 if name.endswith(NORMS) else dtype
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, wanted), requires_grad=False))
             continue
-        owner, _, attribute = name.rpartition(".")
-        wanted = torch.float32 if name.endswith(NORMS) else dtype
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, wanted), requires_grad=False))
-    for layer, parts in stacks.items():
-        weights = [_weight(parts, name, keep=experts == "mxfp4", dtype=dtype) for name in ("gate_up_proj", "down_proj")]
-        model.get_submodule(f"{layer}.mlp").experts = Experts(*weights, config=config)
+        parts = stacks.setdefault(layer, {})
+        parts[part] = tensor.to(device) if tensor.dtype == torch.uint8 else tensor.to(device, dtype)
+        if all(_complete(parts, stack) for stack in STACKS):  # at once: an unpacked layer's bytes are not kept
+            weights = [_weight(parts, stack, keep=experts == "mxfp4", dtype=dtype) for stack in STACKS]
+            model.get_submodule(f"{layer}.mlp").experts = Experts(*weights, config=config)
+            del stacks[layer], parts
     remaining = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not remaining, f"never loaded: {remaining}"
     return model.eval()
+
+
+def _complete(parts: dict[str, Tensor], stack: str) -> bool:
+    """Whether all of a stack's tensors have been read."""
+    return f"{stack}_bias" in parts and (stack in parts or {f"{stack}_blocks", f"{stack}_scales"} <= parts.keys())
 
 
 def _weight(parts: dict[str, Tensor], name: str, *, keep: bool, dtype: torch.dtype) -> DenseWeight | PackedWeight:
