@@ -103,6 +103,6 @@ def _weight(parts: dict[str, Tensor], name: str, *, keep: bool, dtype: torch.dty
         return DenseWeight(parts[name], bias)
     quantized = Mxfp4(parts[f"{name}_blocks"], parts[f"{name}_scales"])
     if keep:
-        return PackedWeight(quantized, bias)
+        return PackedWeight(quantized, bias, interleaved=name == STACKS[0])
     # dequantized as [E, out, in]; transformers and we multiply by [E, in, out]
     return DenseWeight(dequantize(*quantized, dtype).mT.contiguous(), bias)
