@@ -174,16 +174,18 @@ def compiled() -> Iterator[list[str]]:
 
 
 def test_nothing_is_compiled_again_whatever_lengths_and_batch_sizes_come(policy: Policy, compiled: list[str]) -> None:
+    from torch._dynamo.utils import counters
+
     engine = Engine(policy, max_slots=8, max_new_tokens=40)
     engine.run(requests_to(policy, 40, seed=1, longest=1500))
     engine.run(requests_to(policy, 1, seed=1))
     assert compiled, "the hook sees compilations"
     compiled.clear()
-    traced = dict(torch._dynamo.utils.counters["stats"])
+    traced = dict(counters["stats"])
     for seed in range(2, 6):
         engine.run(requests_to(policy, 3 * seed, seed=seed, longest=300 * seed))
     assert compiled == []
-    assert dict(torch._dynamo.utils.counters["stats"]) == traced
+    assert dict(counters["stats"]) == traced
 
 
 def test_the_cache_is_given_back_after_each_run_and_what_stays_does_not_grow(policy: Policy) -> None:
