@@ -112,15 +112,15 @@ def test_prefill_and_decode_are_as_exact_as_plain_bf16(shape: Shape, rank: int, 
     policy = synthetic_policy(shape, lora_rank=rank, device=DEVICE, seed=2)
     ids = random_ids(6, 240, seed=3)
     engine = forced_alone(policy, ids, 200)
-    plain = logits_of(policy.model, ids, 41) if rank else logits_of(eager_twin(policy, torch.bfloat16), ids, 41)
-    assert_as_exact_as_plain(engine.logits, plain, logits_of(eager_twin(policy, exact), ids, 41))
+    plain = logits_of(policy.model, ids, 41) if rank else logits_of(eager_twin(policy, torch.bfloat16, seed=2), ids, 41)
+    assert_as_exact_as_plain(engine.logits, plain, logits_of(eager_twin(policy, exact, seed=2), ids, 41))
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 700, 4300])
 def test_long_and_edge_lengths_are_as_exact_as_plain_bf16(policy: Policy, length: int) -> None:
     ids = random_ids(1, length + 24, seed=length)
     engine = forced_alone(policy, ids, length)
-    oracle = logits_of(eager_twin(policy, torch.float32), ids, 25)
+    oracle = logits_of(eager_twin(policy, torch.float32, seed=1), ids, 25)
     assert_as_exact_as_plain(engine.logits, logits_of(policy.model, ids, 25), oracle)
 
 
@@ -230,7 +230,7 @@ def test_fp16_runs_without_infinities() -> None:
     engine = forced_alone(policy, ids, 150)
     assert torch.isfinite(engine.logits).all()
     plain = logits_of(policy.model, ids, 31)
-    assert_as_exact_as_plain(engine.logits, plain, logits_of(eager_twin(policy, torch.float32), ids, 31))
+    assert_as_exact_as_plain(engine.logits, plain, logits_of(eager_twin(policy, torch.float32, seed=4), ids, 31))
 
 
 @torch.no_grad()

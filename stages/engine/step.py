@@ -69,6 +69,8 @@ class Step:
         heads, channels = self.config.num_attention_heads, self.config.head_dim
         self.max_context = max_context
         self.workspace = make_workspace(max_rows, heads, channels, 64, policy.device)
+        # A list takes each decode layer's choices int [b, k]; of a captured step, where every replay puts them.
+        self.routes: list[Tensor] | None = None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -166,11 +168,15 @@ class Step:
     def _experts_and_norm(self, layer: "_Layer", normed: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
         if layer.packed is None:
             _, weights, indices = layer.router(normed)
+            if self.routes is not None:
+                self.routes.append(indices)
             residual += layer.experts.every_row(normed, indices, weights)
             return self._norm(residual, weight)
         logits = router_logits(normed, layer.router.weight, layer.router.bias)
         plan = plan_for(normed.shape[0])
         routing = route(logits, top_k=self.top_k, tile=plan.tokens)
+        if self.routes is not None:
+            self.routes.append(routing.indices)
         partials = experts_decode(normed, routing, layer.packed, plan=plan)
         return combine_norm(residual, partials, routing.weights, weight, dtype=normed.dtype, eps=self.eps)
 
