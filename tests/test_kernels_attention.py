@@ -1,6 +1,6 @@
 """Decode attention against its oracle in float64: the Triton kernel, in Triton's interpreter where there is no GPU."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from stages.kernels import reference
 from stages.kernels.decode_attention import LoraB, decode_attention, interpreted, make_workspace, splits_for
+
+if TYPE_CHECKING:
+    from stages.kernels.decode_attention_triton import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DOUBLE = torch.float64
@@ -92,7 +95,7 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     return Case(convert(case.qkv), {name: convert(value) for name, value in case.arguments.items()})
 
 
-def errors(case: Case, splits: int = 1) -> tuple[float, float, float]:
+def errors(case: Case, splits: int = 1, plan: "Plan | None" = None) -> tuple[float, float, float]:
     """The kernel's largest error against float64, the plain path's in the same dtype, and the cache's; checks that
     nothing in the cache but the new tokens' places changed.
     """
@@ -104,7 +107,14 @@ def errors(case: Case, splits: int = 1) -> tuple[float, float, float]:
     workspace = make_workspace(
         len(real), case.arguments["sinks"].shape[0], case.arguments["keys"].shape[3], 8, case.qkv.device
     )
-    out = decode_attention(mine.qkv, **mine.arguments, splits=splits, workspace=workspace)[real]
+    if plan is None:
+        out = decode_attention(mine.qkv, **mine.arguments, splits=splits, workspace=workspace)[real]
+    else:
+        from stages.kernels.decode_attention_triton import launch
+
+        out = torch.full_like(low.new_empty(len(real), low.shape[1]), torch.nan)
+        launch(out, mine.qkv, **mine.arguments, splits=splits, workspace=workspace, plan=plan)
+        out = out[real]
     assert torch.isfinite(out).all()
     assert workspace.tickets.abs().sum() == 0, "the tickets are not as the next launch needs them"
     cache_error = 0.0
@@ -140,8 +150,20 @@ def test_any_split_of_the_pages_gives_the_whole(splits: int) -> None:
     assert cache_error < 5e-6
 
 
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(("block", "chunk"), [(16, 2), (32, 8), (64, 4)])
+def test_no_cut_of_the_work_changes_the_result(ring: bool, early: bool, block: int, chunk: int) -> None:
+    from stages.kernels.decode_attention_triton import Plan
+
+    shape = Shape(heads=4, kv_heads=1, page=64, rank=2)
+    case = make_case([0, 63, 64, 65, 150], shape=shape, ring=ring, dtype=torch.float32)
+    plan = Plan(block=block, warps=4, flight=2, early=early, chunk=chunk)
+    assert errors(case, 1 if ring else 3, plan)[0] < 5e-6
+
+
 def test_pages_of_128_around_their_edges() -> None:
-    case = make_case([127, 128, 129, 640], shape=TINY, ring=False, dtype=torch.float32, spare_rows=1)
+    case = make_case([127, 128, 129, 520], shape=TINY._replace(kv_heads=1), ring=False, dtype=torch.float32)
     assert errors(case, 5)[0] < 5e-6
 
 
@@ -153,16 +175,13 @@ def test_groups_of_any_size(shape: Shape) -> None:
     assert errors(case, 2)[0] < 5e-6
 
 
-# The interpreter cuts bf16 off where the card rounds it: twice the error of each rounding.
-@pytest.mark.parametrize(
-    ("dtype", "allowed"), [(torch.float16, 2.0), (torch.bfloat16, 2.0 if DEVICE == "cuda" else 4.0)]
-)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("ring", [False, True])
-def test_16_bit_errors_are_at_most_twice_the_plain_path_s(dtype: torch.dtype, allowed: float, ring: bool) -> None:
+def test_16_bit_errors_are_at_most_twice_the_plain_path_s(dtype: torch.dtype, ring: bool) -> None:
     case = make_case([3, 127, 300], shape=TINY._replace(rank=4), ring=ring, dtype=dtype)
     error, plain, cache_error = errors(case, 1 if ring else 3)
-    assert error <= allowed * plain
-    assert cache_error <= allowed * torch.finfo(dtype).eps * 16  # of keys up to 16
+    assert error <= 2 * plain
+    assert cache_error <= 16 * torch.finfo(dtype).eps  # of keys up to 16, twice rounded
 
 
 def test_a_group_reads_one_copy_of_its_prompt_s_pages() -> None:
@@ -185,12 +204,12 @@ def test_nothing_past_a_row_s_position_is_read() -> None:
 
 
 def test_steps_in_a_row_are_one_causal_attention() -> None:
-    shape, steps = Shape(4, 1, 16, 16), 34
+    shape, steps = Shape(4, 1, 16, 16), 24
     case = make_case([0], shape=shape, ring=False, dtype=torch.float32)
     case.arguments.update(cos=torch.ones(steps, 8, device=DEVICE), sin=torch.zeros(steps, 8, device=DEVICE), bias=None)
     for ring in (True, False):
         if not ring:
-            case.arguments["page_table"] = torch.tensor([[2, 3, 1], [0, 0, 0]], dtype=torch.int32, device=DEVICE)
+            case.arguments["page_table"] = torch.tensor([[2, 1], [0, 0]], dtype=torch.int32, device=DEVICE)
         else:
             case.arguments["page_table"] = None
         for name in ("keys", "values"):

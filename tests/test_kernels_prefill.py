@@ -44,6 +44,7 @@ def oracle(inputs: tuple[Tensor, ...], docs: PackedDocs, window: int | None, sca
     return reference.sink_attention(*batched, sinks, scale=scale, visible=seen)[0].transpose(0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("window", [None, 128, 5])
 @pytest.mark.parametrize("docs", DOCS, ids=str)
 def test_flex_and_plain_equal_one_masked_softmax(docs: PackedDocs, window: int | None) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from stages.engine.cache import LayerCache
 from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
+from stages.kernels.launch import on_hopper
 from stages.kernels.linear import linear
 from stages.kernels.norms import add_norm, combine_norm, embed_norm
 from stages.kernels.packed_experts import (
@@ -36,6 +37,7 @@ from stages.model.experts import Experts, PackedWeight
 from stages.model.policy import Policy
 
 RANK_TILE = 16  # the experts' LoRA rank is padded with zeros to a multiple of this
+PDL_ROWS = 16  # up to here attention gains when it begins before the projection has ended; beyond it loses
 SPLIT_CONTEXT = 8192  # contexts for which a small batch's attention is cut in as many pieces as pay
 
 
@@ -111,6 +113,7 @@ class Step:
                 lora=layer.qkv_lora,
                 splits=splits if layer.window is None else 1,
                 workspace=self.workspace,
+                launch_pdl=num_rows <= PDL_ROWS and on_hopper(normed),
             )
             normed = self._add_norm(layer, residual, layer.o(attended))
             normed = self._experts_and_norm(layer, normed, residual, self.norms[index + 1])

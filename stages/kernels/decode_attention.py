@@ -51,7 +51,7 @@ def splits_for(num_rows: int, max_context: int, *, kv_heads: int = 8, multiproce
     """Into how many pieces a full layer's keys are cut so that a small batch fills the card: two programs a processor,
     and no piece of fewer than 64 keys. Large batches are not cut (a window of 128 never is).
     """
-    wanted = 2 * multiprocessors // (kv_heads * num_rows)
+    wanted = multiprocessors // (kv_heads * num_rows)
     return max(1, min(wanted, -(-max_context // 64)))
 
 

@@ -29,6 +29,15 @@ NOTHING: tl.constexpr = tl.constexpr(-1.0e38)  # below every score, and finite: 
 
 
 @triton.jit
+def _narrow(x, dtype: tl.constexpr, WIDE: tl.constexpr):
+    """x float32 as `dtype`, rounded to the nearest also where the interpreter would cut bf16 off."""
+    if WIDE and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _project(
     row,
     column,
@@ -41,6 +50,7 @@ def _project(
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One row's columns `column` of the linear layer: the GEMM's output, bias and LoRA added, rounded as it would."""
     x = tl.load(row + column, mask=mask, other=0.0)
@@ -53,7 +63,7 @@ def _project(
         pointers = lora_b + tl.expand_dims(lora_row, -1) * RANK + ranks
         factors = tl.load(pointers, mask=tl.expand_dims(mask, -1) & (ranks < RANK), other=0.0).to(tl.float32)
         x += tl.sum(factors * inner, axis=-1) * lora_scale
-    return x.to(dtype).to(tl.float32)
+    return _narrow(x, dtype, WIDE).to(tl.float32)
 
 
 @triton.jit
@@ -67,7 +77,7 @@ def _tile(query, key, value, visible, largest, total, sums, scale, WIDE: tl.cons
     shrink = tl.exp2(largest - raised)
     weights = tl.exp2(scores - raised[:, None])
     total = total * shrink + tl.sum(weights, axis=1)
-    weights = weights.to(value.dtype)
+    weights = _narrow(weights, value.dtype, WIDE)
     if WIDE:
         weights, value = weights.to(tl.float32), value.to(tl.float32)
     sums = tl.dot(weights, value, acc=sums * shrink[:, None], input_precision="ieee")
@@ -75,7 +85,9 @@ def _tile(query, key, value, visible, largest, total, sums, scale, WIDE: tl.cons
 
 
 @triton.jit
-def _finish(out, sinks, head, largest, total, sums, G: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+def _finish(
+    out, sinks, head, largest, total, sums, G: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
+):
     """Gives the sinks their share of each softmax and stores the G heads' outputs."""
     group = tl.arange(0, ROWS)
     heads = head * G + group
@@ -84,7 +96,7 @@ def _finish(out, sinks, head, largest, total, sums, G: tl.constexpr, C: tl.const
     shrink = tl.exp2(largest - raised)
     factor = shrink / (total * shrink + tl.exp2(sink - raised))
     place = out + heads[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(place, (sums * factor[:, None]).to(out.dtype.element_ty), mask=group[:, None] < G)
+    tl.store(place, _narrow(sums * factor[:, None], out.dtype.element_ty, WIDE), mask=group[:, None] < G)
 
 
 # What is not specialised on would only compile the same code again, for another page table.
@@ -131,7 +143,7 @@ def decode_kernel(
     EARLY: tl.constexpr,
     CHUNK: tl.constexpr,  # splits added up at once
     PDL: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr,  # bf16 by way of float32, for the interpreter
     ROWS: tl.constexpr = QUERY_ROWS,
 ):
     head, row = tl.program_id(0), tl.program_id(1)
@@ -184,11 +196,11 @@ def decode_kernel(
         inner = tl.load(own + (HEADS + 2 * K) * C + rank, mask=rank_mask, other=0.0).to(tl.float32)
     low = (head * G + group[:, None]) * C + half[None, :]
     real = (group[:, None] < G) & (half[None, :] < HALF)
-    q_low = _project(own, low, real, bias, lora_q, low, inner, lora_scale, BIAS, RANK, RANKS)
-    q_high = _project(own, low + HALF, real, bias, lora_q, low + HALF, inner, lora_scale, BIAS, RANK, RANKS)
+    q_low = _project(own, low, real, bias, lora_q, low, inner, lora_scale, BIAS, RANK, RANKS, WIDE)
+    q_high = _project(own, low + HALF, real, bias, lora_q, low + HALF, inner, lora_scale, BIAS, RANK, RANKS, WIDE)
     dtype = keys.dtype.element_ty
-    rotated_low = (q_low * rotation_cos[None, :] - q_high * rotation_sin[None, :]).to(dtype)
-    rotated_high = (q_high * rotation_cos[None, :] + q_low * rotation_sin[None, :]).to(dtype)
+    rotated_low = _narrow(q_low * rotation_cos[None, :] - q_high * rotation_sin[None, :], dtype, WIDE)
+    rotated_high = _narrow(q_high * rotation_cos[None, :] + q_low * rotation_sin[None, :], dtype, WIDE)
     query = tl.reshape(tl.permute(tl.join(rotated_low, rotated_high), (0, 2, 1)), (ROWS, C))
 
     largest = tl.full((ROWS,), NOTHING, tl.float32)
@@ -200,19 +212,19 @@ def decode_kernel(
         if RANK > 0:
             inner = tl.load(own + (HEADS + 2 * K) * C + RANK + rank, mask=rank_mask, other=0.0).to(tl.float32)
         lora_row = head * C + half
-        k_low = _project(own, column, everywhere, bias, lora_k, lora_row, inner, lora_scale, BIAS, RANK, RANKS)
+        k_low = _project(own, column, everywhere, bias, lora_k, lora_row, inner, lora_scale, BIAS, RANK, RANKS, WIDE)
         k_high = _project(
-            own, column + HALF, everywhere, bias, lora_k, lora_row + HALF, inner, lora_scale, BIAS, RANK, RANKS
+            own, column + HALF, everywhere, bias, lora_k, lora_row + HALF, inner, lora_scale, BIAS, RANK, RANKS, WIDE
         )
-        key_low = (k_low * rotation_cos - k_high * rotation_sin).to(dtype)
-        key_high = (k_high * rotation_cos + k_low * rotation_sin).to(dtype)
+        key_low = _narrow(k_low * rotation_cos - k_high * rotation_sin, dtype, WIDE)
+        key_high = _narrow(k_high * rotation_cos + k_low * rotation_sin, dtype, WIDE)
         if RANK > 0:
             inner = tl.load(own + (HEADS + 2 * K) * C + 2 * RANK + rank, mask=rank_mask, other=0.0).to(tl.float32)
         column = (HEADS + K) * C + head * C + channel
         lora_row = head * C + channel
-        new_value = _project(own, column, channel < C, bias, lora_v, lora_row, inner, lora_scale, BIAS, RANK, RANKS).to(
-            dtype
-        )
+        new_value = _project(
+            own, column, channel < C, bias, lora_v, lora_row, inner, lora_scale, BIAS, RANK, RANKS, WIDE
+        ).to(dtype)
         new_page = slot
         if not RING:
             new_page = tl.load(table + position // PAGE).to(tl.int64)
@@ -269,9 +281,9 @@ def decode_kernel(
                 total = total * shrink + tl.sum(part_total * share, axis=0)
                 sums = sums * shrink[:, None] + tl.sum(part_sums * share[:, :, None], axis=0)
                 largest = raised
-            _finish(out + row.to(tl.int64) * out_stride, sinks, head, largest, total, sums, G, C, ROWS)
+            _finish(out + row.to(tl.int64) * out_stride, sinks, head, largest, total, sums, G, C, ROWS, WIDE)
     else:
-        _finish(out + row.to(tl.int64) * out_stride, sinks, head, largest, total, sums, G, C, ROWS)
+        _finish(out + row.to(tl.int64) * out_stride, sinks, head, largest, total, sums, G, C, ROWS, WIDE)
 
 
 class Plan(NamedTuple):
@@ -288,10 +300,10 @@ class Plan(NamedTuple):
 def plan_for(num_rows: int, *, ring: bool) -> Plan:
     """The plan for a bucket of rows."""
     if ring:
-        return Plan(block=128, warps=8, flight=1, early=True)
+        return Plan(block=128, flight=1)
     if num_rows <= 8:
-        return Plan(block=64, flight=2, early=True)
-    return Plan()
+        return Plan(block=128, flight=2)
+    return Plan(block=64, flight=2)
 
 
 def launch(

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as shape_config
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -111,7 +112,7 @@ def _attend(
     for tensor in (mask.partial, mask.full):
         torch._dynamo.maybe_mark_dynamic(tensor, 3)
     # Else as many queries as keys in the first call would mean a second compilation for a chunk, where they differ.
-    with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return _compiled()(query, key, value, sinks.detach(), mask, scale)[:length]
 
 
