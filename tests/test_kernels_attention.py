@@ -275,7 +275,8 @@ def test_true_shapes_on_the_card(positions: list[int], ring: bool, splits: int, 
     shape = Shape(64, 8, 64, 128, 16)
     case = make_case(positions, shape=shape, ring=ring, dtype=dtype, spare_rows=3, device="cuda")
     error, plain, _ = errors(case, splits)
-    assert error <= 2 * plain + 1e-6
+    # In float32 the card's exp2, 2 units in the last place, is more than the sums' own rounding.
+    assert error <= (4 if dtype == torch.float32 else 2) * plain + 1e-6
 
 
 @pytest.mark.gpu

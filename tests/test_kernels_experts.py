@@ -163,7 +163,7 @@ def test_the_streams_kernels_equal_plain_arithmetic():
     torch.testing.assert_close(out, norm(residual))
     delta, bias, b = draw(3, 96 + 3), draw(96), draw(96, 3)
     expected = residual + delta[:, :96] + bias + 0.5 * delta[:, 96:] @ b.mT
-    out = add_norm(residual, delta, bias, b, weight, scale=0.5, eps=1e-5)
+    out = add_norm(residual, delta, bias, b, weight, dtype=torch.float32, scale=0.5, eps=1e-5)
     torch.testing.assert_close(residual, expected)
     torch.testing.assert_close(out, norm(expected))
     router, router_bias = draw(8, 96), draw(8)

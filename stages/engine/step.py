@@ -71,6 +71,8 @@ class Step:
         heads, channels = self.config.num_attention_heads, self.config.head_dim
         self.max_context = max_context
         self.workspace = make_workspace(max_rows, heads, channels, 64, policy.device)
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the projections before they were put together
         # A list takes each decode layer's choices int [b, k]; of a captured step, where every replay puts them.
         self.routes: list[Tensor] | None = None
 
@@ -165,7 +167,14 @@ class Step:
 
     def _add_norm(self, layer: "_Layer", residual: Tensor, projected: Tensor) -> Tensor:
         return add_norm(
-            residual, projected, layer.o_bias, layer.o_lora, layer.norm, scale=layer.lora_scale, eps=self.eps
+            residual,
+            projected,
+            layer.o_bias,
+            layer.o_lora,
+            layer.norm,
+            dtype=self.policy.dtype,
+            scale=layer.lora_scale,
+            eps=self.eps,
         )
 
     def _experts_and_norm(self, layer: "_Layer", normed: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
@@ -215,17 +224,18 @@ class _Layer:
         self.packed = packed_experts(self.experts, dtype)
 
     def refresh(self) -> None:
-        """Copies the adapter."""
+        """Copies the adapter; while it is disabled, zeros for its second factors."""
         if not self.rank:
             return
+        on = 1.0 if self._o.adapter_enabled else 0.0
         assert self.qkv_lora is not None
         assert self.o_lora is not None
         for index, module in enumerate(self._qkv):
             start = sum(self.sizes) + index * self.rank
             self.qkv_weight[start : start + self.rank] = module.a
-            self.qkv_lora[index].copy_(module.b)
+            self.qkv_lora[index].copy_(module.b * on)
         self.o_weight[-self.rank :] = self._o.a
-        self.o_lora.copy_(self._o.b)
+        self.o_lora.copy_(self._o.b * on)
         if self.packed is not None:
             for adapter, own in (
                 (self.packed.gate_up_lora, self.experts.gate_up_lora),
@@ -236,15 +246,15 @@ class _Layer:
                 rows = stored_rows(
                     own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device
                 )
-                adapter.b[..., :rank] = own.b[:, rows]
+                adapter.b[..., :rank] = own.b[:, rows] * on
 
     def qkv(self, normed: Tensor) -> Tensor:
-        """[N, (H + 2K) C + 3r]: the projections without bias, and LoRA's inner products."""
-        return linear(normed, self.qkv_weight)
+        """float32 [N, (H + 2K) C + 3r]: the projections without bias, and LoRA's inner products."""
+        return linear(normed, self.qkv_weight, dtype=torch.float32)
 
     def o(self, attended: Tensor) -> Tensor:
-        """[N, D + r], likewise."""
-        return linear(attended, self.o_weight)
+        """float32 [N, D + r], likewise."""
+        return linear(attended, self.o_weight, dtype=torch.float32)
 
     def heads(self, projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [T, H, C], key and value [T, K, C] with bias, LoRA and RoPE, of what `qkv` returned."""
@@ -252,10 +262,11 @@ class _Layer:
         plain = projected[:, :total] + self.qkv_bias
         if self.qkv_lora is not None:
             inner = projected[:, total:].unflatten(1, (3, self.rank))
-            deltas = [F.linear(inner[:, index], self.qkv_lora[index]) for index in range(3)]
+            deltas = [inner[:, index] @ self.qkv_lora[index].float().mT for index in range(3)]
             plain = plain.add_(torch.cat(deltas, dim=1), alpha=self.lora_scale)
         query, key, value = (part.unflatten(1, (-1, self.channels)) for part in plain.split(self.sizes, dim=1))
-        return _rotated(query, cos, sin), _rotated(key, cos, sin), value.contiguous()
+        dtype = self.sinks.dtype
+        return _rotated(query, cos, sin).to(dtype), _rotated(key, cos, sin).to(dtype), value.to(dtype).contiguous()
 
     def experts_prefill(self, normed: Tensor, top_k: int) -> Tensor:
         """The experts' weighted sum float32 [T, D]."""
@@ -328,6 +339,6 @@ def _fused(modules: Sequence[Any], rank: int) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of x [T, heads, C] in float32, first half against second half of the channels, rounded once."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """RoPE of x float32 [T, heads, C], first half against second half of the channels."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

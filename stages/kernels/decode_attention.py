@@ -77,7 +77,8 @@ def decode_attention(
 ) -> Tensor:
     """The attention output [b, H * C] of each row's new token, whose key and value are added to the cache.
 
-    qkv [b, (H + 2 K) * C + 3 r]: the projections without bias, then LoRA's inner products of q, k and v, unscaled.
+    qkv [b, (H + 2 K) * C + 3 r]: the projections without bias, then LoRA's inner products of q, k and v, unscaled; in
+    the type of the cache, or float32, which is rounded to it once, after RoPE.
     sinks [H]; cos, sin float32 [max_positions, C / 2] with YaRN's attention scaling in them; bias [(H + 2 K) * C].
     rows int32 [b]: the slot of each row (a dummy slot may come more than once). positions int32 [slots]: how many
     tokens a slot has cached, which is the new token's position.
@@ -111,8 +112,11 @@ def decode_attention(
             raise ValueError(f"{name} is not contiguous")
     if heads % kv_heads or heads // kv_heads > MAX_GROUP:
         raise ValueError(f"{heads} query heads on {kv_heads} KV heads: each may serve 1 to {MAX_GROUP}")
-    if not (qkv.dtype == keys.dtype == values.dtype):
-        raise ValueError(f"qkv, keys and values are {qkv.dtype}, {keys.dtype}, {values.dtype}: they must be equal")
+    if keys.dtype != values.dtype or qkv.dtype not in (keys.dtype, torch.float32):
+        raise ValueError(
+            f"keys and values are {keys.dtype} and {values.dtype}: they must be equal; qkv, here {qkv.dtype}, may be "
+            "float32 besides"
+        )
     for name, tensor in (("rows", rows), ("positions", positions), ("page_table", page_table)):
         if tensor is not None and (tensor.dtype != torch.int32 or tensor.stride(-1) != 1):
             raise ValueError(f"{name} must be contiguous int32, is {tensor.dtype}")
@@ -139,7 +143,7 @@ def decode_attention(
     from stages.kernels.decode_attention_triton import launch
 
     if out is None:
-        out = torch.empty((num_rows, heads * channels), dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty((num_rows, heads * channels), dtype=keys.dtype, device=qkv.device)
     launch(out, qkv, **shared, splits=splits, workspace=workspace, launch_pdl=launch_pdl)
     return out
 

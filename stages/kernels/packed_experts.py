@@ -74,10 +74,10 @@ class Plan(NamedTuple):
 
 # Measured on one H200 with gpt-oss-20b's shapes, see tests/bench/tune_experts.py.
 PLANS = (
-    Plan(4, 8, 0, Launch(1, 1, 4), Launch(1, 1, 4, splits=2)),
-    Plan(32, 8, 0, Launch(4, 2, 3), Launch(4, 4, 3, registers=96)),
+    Plan(4, 8, 0, Launch(4, 4, 3), Launch(2, 1, 3, splits=2)),
+    Plan(32, 8, 0, Launch(8, 4, 3), Launch(4, 4, 3, registers=96)),
     Plan(96, 16, 8, Launch(4, 4, 3), Launch(4, 4, 3)),
-    Plan(512, 64, 32, Launch(8, 8, 2, registers=128), Launch(8, 8, 2, registers=128)),
+    Plan(512, 32, 16, Launch(4, 4, 3), Launch(4, 4, 3)),
 )
 MAX_DECODE_ROWS = PLANS[-1].rows
 LORA_PARTS = 5
@@ -111,7 +111,7 @@ def gate_up(hidden: Tensor, routing: Routing, experts: PackedExperts, plan: Plan
     inner, factor, rank, scale = _lora(hidden, lora, routing, top_k=top_k, tokens=plan.tokens)
     out = hidden.new_empty(assigned, num_outputs // 2)
     tiles = _tiles(launch, num_outputs)
-    gate_up_kernel[(routing.tiles.shape[0], num_outputs // ROWS // tiles)](
+    gate_up_kernel[(routing.tiles.shape[0], -(-num_outputs // (ROWS * tiles)))](
         hidden, weight.words, weight.scales, experts.gate_up_bias, inner, factor, out, routing.order, routing.tiles,
         scale, experts.alpha, experts.limit, assigned * rank,
         K=inputs, M=num_outputs, TOPK=top_k, MT=tiles, BN=plan.tokens, FEW=plan.few, R=rank, PARTS=LORA_PARTS,
@@ -255,8 +255,5 @@ def _lora(rows: Tensor, lora: PackedLora | None, routing: Routing, *, top_k: int
 
 
 def _tiles(launch: Launch, num_rows: int) -> int:
-    """Tiles of 16 rows a program, at most launch.tiles, that divide the matrix."""
-    tiles = launch.tiles
-    while num_rows // ROWS % tiles:
-        tiles //= 2
-    return tiles
+    """Tiles of 16 rows a program: launch.tiles, or what a smaller matrix has."""
+    return min(launch.tiles, 1 << ((num_rows // ROWS).bit_length() - 1))

@@ -23,7 +23,7 @@ class Routing(NamedTuple):
 
 
 def router_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """float32 [N, E]: summed in float32, rounded to hidden's dtype once, whatever N is.
+    """float32 [N, E], never rounded to less: near ties would go another way than the trainer's.
 
     hidden [N, D]; weight [E, D]; bias [E].
     """

@@ -206,14 +206,14 @@ def _gate_up_tile(
     acc = tl.zeros([MT * 16, BN], tl.float32)
     acc = _product(acc, x, columns, words, scales, 0, K // 256, K, MT, ASM, STAGES)
     acc = _remainder(acc, x, columns, words, scales, K, MT, ASM)
-    rows = m * MT * 16 + tl.arange(0, MT * 16)
+    rows = m * 16 + tl.arange(0, MT * 16)
     acc += tl.load(bias + rows)[:, None]
     dtype: tl.constexpr = x.dtype.element_ty
     if R > 0:
         acc = _lora(acc, inner, b, rows, assigned, inner_stride, scale, dtype, R, PARTS)
     gate, up = tl.split(tl.permute(tl.reshape(acc, [MT, 2, 8, BN]), [0, 2, 3, 1]))
     activation = _swiglu(tl.reshape(gate, [MT * 8, BN]), tl.reshape(up, [MT * 8, BN]), alpha, limit)
-    channels = m * MT * 8 + tl.arange(0, MT * 8)
+    channels = m * 8 + tl.arange(0, MT * 8)
     where = out + assigned[None, :] * (M // 2) + channels[:, None]
     tl.store(where, activation.to(dtype), mask=(place < count)[None, :])
 
@@ -234,13 +234,14 @@ def gate_up_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile = tiles + tl.program_id(0) * 3
-    m = tl.program_id(1)
+    # The last program's rows overlap the one's before it where MT does not divide them: both write the same.
+    m = tl.minimum(tl.program_id(1) * MT, M // 16 - MT)
     count = tl.load(tile + 2)
     if count > 0:
         expert = tl.load(tile).to(tl.int64)
         start = tl.load(tile + 1)
-        words += (expert * (M // 16) + m * MT) * (4 * K)
-        scales += (expert * (M // 16) + m * MT) * (K // 8)
+        words += (expert * (M // 16) + m) * (4 * K)
+        scales += (expert * (M // 16) + m) * (K // 8)
         bias += expert * M
         b += expert * M * R
         if FEW > 0 and count <= FEW:
@@ -263,7 +264,7 @@ def _down_tile(
 ):  # fmt: skip
     place = tl.arange(0, BN)
     assigned = tl.load(order + start + place, mask=place < count, other=0).to(tl.int64)
-    rows = m * MT * 16 + tl.arange(0, MT * 16)
+    rows = m * 16 + tl.arange(0, MT * 16)
     dtype: tl.constexpr = x.dtype.element_ty
     blocks: tl.constexpr = K // 256
     columns = assigned * K
@@ -301,13 +302,14 @@ def down_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile = tiles + tl.program_id(0) * 3
-    m = tl.program_id(1)
+    # The last program's rows overlap the one's before it where MT does not divide them: both write the same.
+    m = tl.minimum(tl.program_id(1) * MT, M // 16 - MT)
     count = tl.load(tile + 2)
     if count > 0:
         expert = tl.load(tile).to(tl.int64)
         start = tl.load(tile + 1)
-        words += (expert * (M // 16) + m * MT) * (4 * K)
-        scales += (expert * (M // 16) + m * MT) * (K // 8)
+        words += (expert * (M // 16) + m) * (4 * K)
+        scales += (expert * (M // 16) + m) * (K // 8)
         bias += expert * M
         b += expert * M * R
         if FEW > 0 and count <= FEW:

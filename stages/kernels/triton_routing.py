@@ -8,7 +8,7 @@ import triton.language as tl
 def router_kernel(
     x, weight, bias, logits, D: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr
 ):
-    """The router's logits float32 [N, E], rounded to the type of x. Grid (N, E / EB); DP: D up to a power of two."""
+    """The router's logits float32 [N, E]. Grid (N, E / EB); DP: D up to a power of two."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -19,7 +19,7 @@ def router_kernel(
     values = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
     rows = tl.load(weight + expert[:, None] * D + d[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
     total = tl.sum(rows * values[None, :], axis=1) + tl.load(bias + expert).to(tl.float32)
-    tl.store(logits + row * E + expert, total.to(x.dtype.element_ty).to(tl.float32))
+    tl.store(logits + row * E + expert, total)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GptOssForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from torch.nn import functional as F
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding, GptOssTopKRouter
 
 from stages.kernels.attention import sink_attention
 from stages.model.checkpoint import Checkpoint
@@ -48,6 +49,18 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
 
 
+class Router(GptOssTopKRouter):
+    """transformers' router, its logits in float32 in every dtype: rounded to bfloat16, one token in twenty of a layer
+    would go to other experts here than in the engine, whose sums are in another order.
+    """
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N, E], weights [N, k] and experts [N, k] of hidden [N, D]."""
+        logits = F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+        values, chosen = torch.topk(logits, self.top_k, dim=-1)
+        return logits, values.softmax(-1), chosen
+
+
 def build(
     checkpoint: Checkpoint, *, experts: str, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> GptOssForCausalLM:
@@ -72,6 +85,8 @@ def assemble(
     config._attn_implementation = ATTENTION_NAME
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
+        for layer in model.model.layers:
+            layer.mlp.router = Router(config)
     model.model.rotary_emb = GptOssRotaryEmbedding(config).to(device)  # its buffers are in no checkpoint
     stacks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:

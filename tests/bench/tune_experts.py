@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from stages.kernels import reference  # noqa: E402
 from stages.kernels.norms import combine_norm  # noqa: E402
 from stages.kernels.packed_experts import (  # noqa: E402
-    Launch, PackedExperts, PackedLora, Plan, Relaid, dequantize, down, experts_decode, experts_prefill, gate_up, plan_for,
+    PLANS, Launch, PackedExperts, PackedLora, Plan, Relaid, dequantize, down, experts_decode, experts_prefill, gate_up, plan_for,
 )
 from stages.kernels.routing import route, router_logits  # noqa: E402
 
@@ -46,30 +46,37 @@ def layer(seed, rank=0, num_experts=E):
     )
 
 
+SWEEP = {
+    1: [
+        (8, 0, ((4, 4, 3), (4, 4, 4), (4, 4, 2), (4, 2, 3), (4, 2, 4), (8, 4, 3), (8, 8, 3), (2, 4, 4), (4, 8, 3)),
+         ((2, 1, 3, 2), (4, 4, 3, 1), (4, 4, 3, 2), (4, 4, 3, 3), (4, 4, 3, 4), (2, 2, 3, 2), (2, 2, 3, 3), (4, 2, 3, 2),
+          (4, 2, 3, 4), (8, 4, 3, 4), (8, 8, 3, 3))),
+    ],
+    16: [(8, 0, ((8, 4, 3), (4, 4, 3), (8, 4, 2), (8, 8, 3), (16, 8, 3), (8, 4, 4)),
+          ((4, 4, 3), (8, 4, 3), (8, 4, 2), (8, 8, 3), (8, 4, 3, 2), (16, 8, 3)))],
+    64: [
+        (16, 8, ((4, 4, 3), (8, 4, 3), (8, 4, 2), (8, 8, 2)), ((4, 4, 3), (8, 4, 3), (8, 4, 2), (8, 8, 3))),
+        (8, 0, ((4, 4, 3), (8, 8, 3), (16, 8, 3)), ((8, 4, 3), (8, 8, 3), (16, 8, 3))),
+    ],
+    256: [
+        (32, 16, ((4, 4, 3), (8, 4, 2), (8, 4, 3), (8, 8, 3), (16, 8, 2), (4, 4, 2)),
+         ((4, 4, 3), (8, 4, 2), (8, 4, 3), (8, 8, 3), (16, 8, 2), (4, 4, 2))),
+        (32, 0, ((8, 4, 2), (8, 4, 3), (8, 8, 3), (16, 8, 2), (16, 8, 3), (4, 4, 4)),
+         ((4, 4, 3), (8, 4, 2), (8, 4, 3), (8, 8, 3), (16, 8, 2), (16, 8, 3))),
+        (48, 16, ((4, 4, 2),), ((4, 4, 2),)),
+        (16, 8, ((4, 4, 3), (8, 8, 3), (8, 4, 3)), ((4, 4, 3), (8, 8, 3), (8, 4, 3))),
+    ],
+}  # fmt: skip
+
+
 def variants(rows):
     """(tokens, few, which, Launch)"""
-    if rows == 1:
-        ups = [(1, 1, 3), (1, 1, 4), (1, 1, 6), (2, 1, 3), (2, 2, 4), (4, 4, 3), (2, 1, 4)]
-        downs = [(1, 1, 4, 1), (1, 1, 4, 2), (1, 1, 3, 3), (1, 1, 4, 4), (2, 1, 3, 2), (2, 2, 3, 4)]
-        return [(8, 0, "up", Launch(*v)) for v in ups] + [(8, 0, "down", Launch(*v)) for v in downs]
-    if rows == 16:
-        shapes = [(4, 2, 3), (4, 4, 3), (2, 2, 4), (4, 2, 4), (8, 4, 3), (2, 1, 3), (4, 4, 4)]
-        ups = [Launch(*v) for v in shapes] + [Launch(4, 4, 3, registers=96), Launch(4, 2, 3, registers=128)]
-        downs = [*ups, Launch(4, 4, 3, splits=2)]
-        return [(8, 0, "up", v) for v in ups] + [(8, 0, "down", v) for v in downs]
-    if rows == 64:
-        ups = [Launch(4, 4, 3), Launch(4, 4, 4), Launch(4, 4, 2), Launch(8, 4, 2), Launch(8, 8, 3), Launch(4, 4, 3, registers=96), Launch(8, 8, 2)]
-        out = [(16, 8, w, v) for w in ("up", "down") for v in ups]
-        out += [(8, 0, w, v) for w in ("up", "down") for v in (Launch(4, 2, 3), Launch(4, 4, 3), Launch(8, 4, 3))]
-        out += [(16, 0, w, v) for w in ("up", "down") for v in (Launch(4, 4, 3),)]
-        out += [(32, 16, w, v) for w in ("up", "down") for v in (Launch(4, 4, 3), Launch(8, 8, 2))]
-        return out
-    ups = [Launch(8, 8, 2, registers=128), Launch(8, 8, 2), Launch(8, 8, 3), Launch(8, 4, 2), Launch(4, 4, 3), Launch(4, 4, 2)]
-    out = [(64, 32, w, v) for w in ("up", "down") for v in ups]
-    out += [(32, 0, w, v) for w in ("up", "down") for v in ups]
-    out += [(32, 16, w, v) for w in ("up", "down") for v in (Launch(8, 8, 2), Launch(4, 4, 3))]
-    out += [(64, 0, w, v) for w in ("up", "down") for v in (Launch(8, 8, 2), Launch(8, 4, 2))]
-    return out
+    for tokens, few, ups, downs in SWEEP[rows]:
+        if tokens & (tokens - 1):
+            continue
+        for which, shapes in (("up", ups), ("down", downs)):
+            for tiles, warps, stages, *splits in shapes:
+                yield tokens, few, which, Launch(tiles, warps, stages, *splits)
 
 
 def plan_of(rows, tokens, few, which, launch):
@@ -154,6 +161,14 @@ def check(layers):
             want[tokens] += routing.weights[tokens, place, None].double() * (inner @ w2.mT + packed.down_bias[expert])
         error = lambda x: ((x - want).norm() / want.norm()).item()
         print(f"check {rows}: decode {error(got):.2e} prefill {error(plain):.2e} finite {bool(want.isfinite().all())}", flush=True)
+        others = {}
+        for other in PLANS:
+            same = Plan(other.rows, other.tokens, other.few, other.gate_up, other.down._replace(splits=1))
+            again = route(torch.randn(rows, E, device="cuda", generator=torch.Generator("cuda").manual_seed(3)), top_k=4, tile=other.tokens)
+            out = experts_decode(hidden, again, packed, plan=same)
+            others[other.rows] = out
+        first = next(iter(others.values()))
+        print("   plans bit-equal to the first:", {k: (v == first).float().mean().item() for k, v in others.items()})
         again = experts_decode(hidden, routing, packed)
         assert torch.equal(partials, again), "two runs differ"
         assert error(got) < 1e-2
