@@ -74,10 +74,10 @@ class Plan(NamedTuple):
 
 # Measured on one H200 with gpt-oss-20b's shapes, see tests/bench/tune_experts.py.
 PLANS = (
-    Plan(4, 8, 0, Launch(4, 4, 3), Launch(2, 1, 3, splits=2)),
-    Plan(32, 8, 0, Launch(8, 4, 3), Launch(4, 4, 3, registers=96)),
-    Plan(96, 16, 8, Launch(4, 4, 3), Launch(4, 4, 3)),
-    Plan(512, 32, 16, Launch(4, 4, 3), Launch(4, 4, 3)),
+    Plan(4, 8, 0, Launch(4, 4, 3), Launch(4, 4, 3, splits=2)),
+    Plan(32, 8, 0, Launch(8, 4, 3), Launch(8, 4, 3, splits=2)),
+    Plan(96, 16, 8, Launch(4, 4, 3), Launch(4, 4, 3, splits=2)),
+    Plan(512, 32, 16, Launch(8, 4, 3), Launch(8, 4, 3, splits=2)),
 )
 MAX_DECODE_ROWS = PLANS[-1].rows
 LORA_PARTS = 5
