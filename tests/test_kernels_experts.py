@@ -7,7 +7,7 @@ import torch
 
 from stages.kernels import reference
 from stages.kernels.norms import add_norm, combine_norm, embed_norm
-from stages.kernels.linear import few_rows
+from stages.kernels.linear import Tile, linear, linear_parts
 from stages.kernels.packed_experts import (
     Launch, PackedExperts, PackedLora, Plan, dequantize, experts_decode, experts_prefill, stored_rows,
 )
@@ -111,8 +111,8 @@ def test_all_tokens_may_choose_the_same_experts():
 
 
 PLANS = [
-    Plan(99, 8, 0, Launch(1, 1, 2), Launch(1, 1, 2, splits=2)),
-    Plan(99, 16, 8, Launch(2, 4, 2), Launch(4, 4, 2, splits=1)),
+    Plan(99, 8, 0, Launch(1, 1, 2), Launch(1, 1, 2)),
+    Plan(99, 16, 8, Launch(2, 4, 2), Launch(4, 4, 2)),
 ]
 
 
@@ -163,9 +163,23 @@ def test_the_streams_kernels_equal_plain_arithmetic():
     torch.testing.assert_close(out, norm(residual))
     delta, bias, b = draw(3, 96 + 3), draw(96), draw(96, 3)
     expected = residual + delta[:, :96] + bias + 0.5 * delta[:, 96:] @ b.mT
-    out = add_norm(residual, delta, bias, b, weight, dtype=torch.float32, scale=0.5, eps=1e-5)
+    out = add_norm(residual, torch.stack((delta * 0.25, delta * 0.75)), bias, b, weight, dtype=torch.float32, scale=0.5, eps=1e-5)
     torch.testing.assert_close(residual, expected)
     torch.testing.assert_close(out, norm(expected))
     router, router_bias = draw(8, 96), draw(8)
     torch.testing.assert_close(router_logits(out, router, router_bias), out @ router.mT + router_bias)
-    torch.testing.assert_close(few_rows(out, router, dtype=torch.float32), out @ router.mT)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "parts"), [(1, 40, 96, 1), (5, 70, 256, 2), (40, 33, 128, 1)])
+def test_products_equal_plain_ones_and_on_a_card_a_rows_bits_do_not_depend_on_its_company(rows, outputs, inputs, parts):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, inputs, generator=generator).to(DEVICE) for n in (rows, outputs))
+    found = linear_parts(x, weight, parts=parts)
+    torch.testing.assert_close(found.sum(0), x @ weight.mT, atol=1e-4, rtol=1e-5)
+    for tile in (Tile(0, 16, 8, 32, 1, 2, early=True), Tile(0, 32, 16, 64, 4, 3)):
+        torch.testing.assert_close(linear_parts(x, weight, parts=parts, tile=tile), found, atol=1e-4, rtol=1e-5)
+        if DEVICE == "cuda":  # the interpreter's products are NumPy's
+            low = x.bfloat16(), weight.bfloat16()
+            lone = linear_parts(low[0][-1:], low[1], parts=parts, tile=tile)
+            assert torch.equal(lone[:, 0], linear_parts(*low, parts=parts)[:, -1])
+    assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16

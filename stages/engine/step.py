@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from stages.engine.cache import LayerCache
 from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
 from stages.kernels.launch import on_hopper
-from stages.kernels.linear import linear
+from stages.kernels.linear import linear, linear_parts
 from stages.kernels.norms import add_norm, combine_norm, embed_norm
 from stages.kernels.packed_experts import (
     MAX_DECODE_ROWS,
@@ -37,6 +37,7 @@ from stages.model.experts import Experts, PackedWeight
 from stages.model.policy import Policy
 
 RANK_TILE = 16  # the experts' LoRA rank is padded with zeros to a multiple of this
+O_PARTS = 2  # of its inputs, in every step and prefill: whole, its few outputs would not fill the card for one row
 PDL_ROWS = 16  # up to here attention gains when it begins before the projection has ended; beyond it loses
 SPLIT_CONTEXT = 8192  # contexts for which a small batch's attention is cut in as many pieces as pay
 
@@ -253,8 +254,8 @@ class _Layer:
         return linear(normed, self.qkv_weight, dtype=torch.float32)
 
     def o(self, attended: Tensor) -> Tensor:
-        """float32 [N, D + r], likewise."""
-        return linear(attended, self.o_weight, dtype=torch.float32)
+        """float32 [O_PARTS, N, D + r], likewise, to be summed."""
+        return linear_parts(attended, self.o_weight, parts=O_PARTS)
 
     def heads(self, projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [T, H, C], key and value [T, K, C] with bias, LoRA and RoPE, of what `qkv` returned."""

@@ -22,7 +22,7 @@ def asm(tensor: Tensor) -> bool:
     return on_hopper(tensor)
 
 
-def launch_options(tensor: Tensor, *, warps: int, registers: int | None = None) -> dict[str, Any]:
+def launch_options(tensor: Tensor, *, warps: int) -> dict[str, Any]:
     """Keyword arguments of a kernel with a PDL flag: programmatic dependent launch, where there is such a thing.
 
     A kernel so launched may begin before the one before it has ended, and waits for it where it says gdc_wait.
@@ -31,8 +31,6 @@ def launch_options(tensor: Tensor, *, warps: int, registers: int | None = None) 
     options: dict[str, Any] = {"PDL": pdl, "num_warps": warps}
     if pdl:
         options["launch_pdl"] = True
-    if registers is not None and on_hopper(tensor):
-        options["maxnreg"] = registers
     return options
 
 

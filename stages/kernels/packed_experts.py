@@ -53,13 +53,11 @@ class PackedExperts(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """How a matrix is cut: `tiles` of 16 rows a program, and Triton's own numbers."""
+    """How a matrix is cut: `tiles` of 16 rows a program, and Triton's own numbers. None of it changes a bit."""
 
     tiles: int
     warps: int
     stages: int
-    splits: int = 1  # parts of the inputs, summed afterwards
-    registers: int | None = None  # at most so many a thread, so that more programs run at once
 
 
 class Plan(NamedTuple):
@@ -74,13 +72,16 @@ class Plan(NamedTuple):
 
 # Measured on one H200 with gpt-oss-20b's shapes, see tests/bench/tune_experts.py.
 PLANS = (
-    Plan(4, 8, 0, Launch(4, 4, 3), Launch(4, 4, 3, splits=2)),
-    Plan(32, 8, 0, Launch(8, 4, 3), Launch(8, 4, 3, splits=2)),
-    Plan(96, 16, 8, Launch(4, 4, 3), Launch(4, 4, 3, splits=2)),
-    Plan(512, 32, 16, Launch(8, 4, 3), Launch(8, 4, 3, splits=2)),
+    Plan(4, 8, 0, Launch(4, 4, 3), Launch(4, 4, 3)),
+    Plan(32, 8, 0, Launch(8, 4, 3), Launch(8, 4, 3)),
+    Plan(96, 16, 8, Launch(4, 4, 3), Launch(4, 4, 3)),
+    Plan(512, 32, 16, Launch(8, 4, 3), Launch(8, 4, 3)),
 )
 MAX_DECODE_ROWS = PLANS[-1].rows
 LORA_PARTS = 5
+# The inputs of down are summed in two halves in every plan: alone, one row's programs would not fill the card, and the
+# same row must have the same bits in any company.
+DOWN_PARTS = 2
 AT_ONCE = 8  # experts dequantized together in a prefill: 0.27 GB of gate_up at gpt-oss-20b's size
 
 
@@ -116,7 +117,7 @@ def gate_up(hidden: Tensor, routing: Routing, experts: PackedExperts, plan: Plan
         scale, experts.alpha, experts.limit, assigned * rank,
         K=inputs, M=num_outputs, TOPK=top_k, MT=tiles, BN=plan.tokens, FEW=plan.few, R=rank, PARTS=LORA_PARTS,
         ASM=asm(hidden), STAGES=launch.stages,
-        **launch_options(hidden, warps=launch.warps, registers=launch.registers),
+        **launch_options(hidden, warps=launch.warps),
     )  # fmt: skip
     return out
 
@@ -130,14 +131,14 @@ def down(activations: Tensor, routing: Routing, experts: PackedExperts, plan: Pl
     assigned = activations.shape[0]
     inner, factor, rank, scale = _lora(activations, lora, routing, top_k=1, tokens=plan.tokens)
     tiles = _tiles(launch, num_outputs)
-    splits = min(launch.splits, max(1, inputs // 256))
+    splits = min(DOWN_PARTS, max(1, inputs // 256))
     out = torch.empty(splits, assigned, num_outputs, dtype=torch.float32, device=activations.device)
-    down_kernel[(routing.tiles.shape[0], num_outputs // ROWS // tiles, splits)](
+    down_kernel[(routing.tiles.shape[0], -(-num_outputs // (ROWS * tiles)), splits)](
         activations, weight.words, weight.scales, experts.down_bias, inner, factor, out, routing.order, routing.tiles,
         scale, assigned * rank, assigned * num_outputs,
         K=inputs, M=num_outputs, SPLITS=splits, MT=tiles, BN=plan.tokens, FEW=plan.few, R=rank, PARTS=LORA_PARTS,
         ASM=asm(activations), STAGES=launch.stages,
-        **launch_options(activations, warps=launch.warps, registers=launch.registers),
+        **launch_options(activations, warps=launch.warps),
     )  # fmt: skip
     return out
 

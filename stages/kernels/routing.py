@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.kernels.launch import launch_options, power_of_two
 
 ALONE_ROWS = 4
+EXPERTS_PER_PROGRAM = 4  # the same for every N: sums within a program go by its shape
 
 
 class Routing(NamedTuple):
@@ -31,11 +32,11 @@ def router_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     num_rows, width = hidden.shape
     num_experts = weight.shape[0]
-    experts = 1 if num_rows <= 4 else min(8, num_experts)
+    experts = min(EXPERTS_PER_PROGRAM, num_experts)
     logits = torch.empty(num_rows, num_experts, dtype=torch.float32, device=hidden.device)
     router_kernel[(num_rows, num_experts // experts)](
         hidden, weight, bias, logits, D=width, E=num_experts, EB=experts, DP=power_of_two(width),
-        **launch_options(hidden, warps=4 if experts == 1 else 8),
+        **launch_options(hidden, warps=4),
     )  # fmt: skip
     return logits
 

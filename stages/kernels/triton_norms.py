@@ -31,12 +31,13 @@ def embed_norm_kernel(
 
 @triton.jit
 def add_norm_kernel(
-    residual, delta, bias, b, weight, out, eps, scale,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
+    residual, delta, bias, b, weight, out, part_stride, eps, scale,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """residual [N, D] += delta + bias + scale * B t, and its norm. Grid (N,).
 
-    delta [N, D + R]: a projection's outputs and, in the last R columns, LoRA's inner products t; b [D, R].
+    delta [PARTS, N, D + R], to be summed: a projection's outputs and, in the last R columns, LoRA's inner products t; b
+    [D, R].
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -45,11 +46,16 @@ def add_norm_kernel(
     d = tl.arange(0, DP)
     inside = d < D
     width: tl.constexpr = D + R
-    total = tl.load(delta + row * width + d, mask=inside, other=0.0).to(tl.float32)
+    delta += row * width
+    total = tl.load(delta + d, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(delta + part * part_stride + d, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     if R > 0:
         rank = tl.arange(0, RP)
-        t = tl.load(delta + row * width + D + rank, mask=rank < R, other=0.0).to(tl.float32)
+        t = tl.load(delta + D + rank, mask=rank < R, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            t += tl.load(delta + part * part_stride + D + rank, mask=rank < R, other=0.0).to(tl.float32)
         factor = tl.load(b + d[:, None] * R + rank[None, :], mask=inside[:, None] & (rank < R)[None, :], other=0.0)
         total += tl.sum(factor.to(tl.float32) * t[None, :], axis=1) * scale
     total += tl.load(residual + row * D + d, mask=inside, other=0.0)

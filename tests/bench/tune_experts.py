@@ -47,11 +47,11 @@ def layer(seed, rank=0, num_experts=E):
 
 
 SWEEP = {
-    1: [(8, 0, ((4, 4, 3), (8, 4, 3), (4, 2, 3)), ((4, 4, 3, 2), (4, 4, 2, 2), (8, 4, 3, 2), (2, 2, 3, 2)))],
-    16: [(8, 0, ((8, 4, 3), (4, 4, 3)), ((8, 4, 3, 2), (4, 4, 3, 2), (8, 4, 3)))],
-    64: [(16, 8, ((4, 4, 3), (8, 4, 3)), ((4, 4, 3), (4, 4, 3, 2), (8, 4, 3, 2)))],
+    1: [(8, 0, ((4, 4, 3), (8, 4, 3), (4, 2, 3)), ((4, 4, 3), (4, 4, 2), (8, 4, 3), (2, 2, 3)))],
+    16: [(8, 0, ((8, 4, 3), (4, 4, 3)), ((8, 4, 3), (4, 4, 3), (8, 4, 3)))],
+    64: [(16, 8, ((4, 4, 3), (8, 4, 3)), ((4, 4, 3), (4, 4, 3), (8, 4, 3)))],
     256: [
-        (32, 16, ((8, 4, 3), (8, 8, 3)), ((8, 4, 3), (8, 4, 3, 2), (8, 8, 3, 2))),
+        (32, 16, ((8, 4, 3), (8, 8, 3)), ((8, 4, 3), (8, 4, 3), (8, 8, 3))),
         (64, 32, ((8, 4, 3), (8, 8, 3)), ((8, 4, 3), (8, 8, 3))),
         (64, 16, ((8, 4, 3), (8, 8, 3), (8, 8, 2)), ((8, 4, 3), (8, 8, 3))),
         (32, 8, ((8, 4, 3),), ((8, 4, 3),)),
@@ -63,8 +63,8 @@ def variants(rows):
     """(tokens, few, which, Launch)"""
     for tokens, few, ups, downs in SWEEP[rows]:
         for which, shapes in (("up", ups), ("down", downs)):
-            for tiles, warps, stages, *splits in shapes:
-                yield tokens, few, which, Launch(tiles, warps, stages, *splits)
+            for tiles, warps, stages in dict.fromkeys(shapes):
+                yield tokens, few, which, Launch(tiles, warps, stages)
 
 
 def plan_of(rows, tokens, few, which, launch):
@@ -151,12 +151,12 @@ def check(layers):
         print(f"check {rows}: decode {error(got):.2e} prefill {error(plain):.2e} finite {bool(want.isfinite().all())}", flush=True)
         others = {}
         for other in PLANS:
-            same = Plan(other.rows, other.tokens, other.few, other.gate_up, other.down._replace(splits=1))
+            same = Plan(other.rows, other.tokens, other.few, other.gate_up, other.down)
             again = route(torch.randn(rows, E, device="cuda", generator=torch.Generator("cuda").manual_seed(3)), top_k=4, tile=other.tokens)
             out = experts_decode(hidden, again, packed, plan=same)
             others[other.rows] = out
         first = next(iter(others.values()))
-        print("   plans bit-equal to the first:", {k: (v == first).float().mean().item() for k, v in others.items()})
+        assert all(torch.equal(out, first) for out in others.values()), "plans differ"
         again = experts_decode(hidden, routing, packed)
         assert torch.equal(partials, again), "two runs differ"
         assert error(got) < 1e-2
