@@ -1,15 +1,20 @@
 """The MXFP4 kernels against dequantized weights in float64."""
 
-import itertools
-
 import pytest
 import torch
 
 from stages.kernels import reference
-from stages.kernels.norms import add_norm, combine_norm, embed_norm
 from stages.kernels.linear import Tile, linear, linear_parts
+from stages.kernels.norms import add_norm, combine_norm, embed_norm
 from stages.kernels.packed_experts import (
-    Launch, PackedExperts, PackedLora, Plan, dequantize, experts_decode, experts_prefill, stored_rows,
+    Launch,
+    PackedExperts,
+    PackedLora,
+    Plan,
+    dequantize,
+    experts_decode,
+    experts_prefill,
+    stored_rows,
 )
 from stages.kernels.routing import route, router_logits
 from stages.model import mxfp4
@@ -29,19 +34,33 @@ def random_mxfp4(num_experts, rows, inputs, *, largest=126, seed=0):
 
 def packed_layer(num_experts, width, inner, *, rank=0, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed + 100)
-    draw = lambda *shape: (torch.randn(*shape, generator=generator) * 0.3).to(DEVICE)
-    gate_up, down = random_mxfp4(num_experts, 2 * inner, width, seed=seed), random_mxfp4(num_experts, width, inner, seed=seed + 1)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator) * 0.3).to(DEVICE)
+
+    gate_up, down = (
+        random_mxfp4(num_experts, 2 * inner, width, seed=seed),
+        random_mxfp4(num_experts, width, inner, seed=seed + 1),
+    )
     biases = draw(num_experts, 2 * inner), draw(num_experts, width)
     loras = None, None
     if rank:
-        loras = [(draw(num_experts, rank, width), draw(num_experts, 2 * inner, rank)), (draw(num_experts, rank, inner), draw(num_experts, width, rank))]
+        loras = [
+            (draw(num_experts, rank, width), draw(num_experts, 2 * inner, rank)),
+            (draw(num_experts, rank, inner), draw(num_experts, width, rank)),
+        ]
     rows = stored_rows(2 * inner, interleaved=True, device=DEVICE)
     packed = PackedExperts(
-        gate_up=relay(gate_up, interleaved=True), down=relay(down, interleaved=False),
-        gate_up_bias=biases[0][:, rows].contiguous(), down_bias=biases[1],
-        gate_up_lora=PackedLora(loras[0][0].to(dtype), loras[0][1][:, rows].to(dtype).contiguous(), 0.5) if rank else None,
+        gate_up=relay(gate_up, interleaved=True),
+        down=relay(down, interleaved=False),
+        gate_up_bias=biases[0][:, rows].contiguous(),
+        down_bias=biases[1],
+        gate_up_lora=PackedLora(loras[0][0].to(dtype), loras[0][1][:, rows].to(dtype).contiguous(), 0.5)
+        if rank
+        else None,
         down_lora=PackedLora(loras[1][0].to(dtype), loras[1][1].to(dtype), 0.5) if rank else None,
-        alpha=1.702, limit=7.0,
+        alpha=1.702,
+        limit=7.0,
     )
     dense = {"gate_up": mxfp4.dequantize(*gate_up, torch.float64).mT, "down": mxfp4.dequantize(*down, torch.float64).mT}
     if rank:
@@ -82,7 +101,9 @@ def test_a_scale_above_the_layouts_range_is_refused():
         relay(quantized, interleaved=False)
 
 
-@pytest.mark.parametrize(("rows", "num_experts", "tile"), [(1, 8, 8), (3, 32, 8), (33, 32, 8), (64, 32, 16), (40, 128, 16)])
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "tile"), [(1, 8, 8), (3, 32, 8), (33, 32, 8), (64, 32, 16), (40, 128, 16)]
+)
 def test_every_assignment_stands_in_one_tile_of_its_expert(rows, num_experts, tile):
     logits = torch.randn(rows, num_experts, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
     logits[0, : num_experts // 2] = 1.0  # ties
@@ -117,7 +138,9 @@ PLANS = [
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("rows", "width", "inner", "rank"), [(1, 128, 64, 0), (2, 320, 64, 16), (1, 64, 576, 16), (9, 64, 64, 0)])
+@pytest.mark.parametrize(
+    ("rows", "width", "inner", "rank"), [(1, 128, 64, 0), (2, 320, 64, 16), (1, 64, 576, 16), (9, 64, 64, 0)]
+)
 def test_decode_equals_the_oracle_on_dequantized_weights(plan, rows, width, inner, rank):
     packed, dense = packed_layer(8, width, inner, rank=rank)
     generator = torch.Generator().manual_seed(rows)
@@ -151,7 +174,10 @@ def test_a_bfloat16_step_errs_no_more_than_plain_bfloat16_does():
 
 def test_the_streams_kernels_equal_plain_arithmetic():
     generator = torch.Generator().manual_seed(3)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
     embedding, weight, residual = draw(50, 96), draw(96), torch.empty(3, 96, device=DEVICE)
     tokens, rows = torch.tensor([7, 0, 49, 3], device=DEVICE), torch.tensor([2, 0, 3], dtype=torch.int32, device=DEVICE)
 
@@ -163,7 +189,9 @@ def test_the_streams_kernels_equal_plain_arithmetic():
     torch.testing.assert_close(out, norm(residual))
     delta, bias, b = draw(3, 96 + 3), draw(96), draw(96, 3)
     expected = residual + delta[:, :96] + bias + 0.5 * delta[:, 96:] @ b.mT
-    out = add_norm(residual, torch.stack((delta * 0.25, delta * 0.75)), bias, b, weight, dtype=torch.float32, scale=0.5, eps=1e-5)
+    out = add_norm(
+        residual, torch.stack((delta * 0.25, delta * 0.75)), bias, b, weight, dtype=torch.float32, scale=0.5, eps=1e-5
+    )
     torch.testing.assert_close(residual, expected)
     torch.testing.assert_close(out, norm(expected))
     router, router_bias = draw(8, 96), draw(8)

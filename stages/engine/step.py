@@ -1,10 +1,11 @@
 """The model's mathematics for the GPU engine: a decode step that a CUDA graph can hold, and the prefill of prompts.
 
 A step reads the policy's own weights. The projections of q, k and v become views of one matrix, so that one product
-serves; LoRA's first factors are further rows of it. The adapter is copied in, in the compute dtype, by `refresh`, always
-to the same memory, so that graphs captured before an update sample from the policy after it. The residual stream is
-float32. Experts that are not MXFP4 in the kernels' order are computed on every row by every expert (slower, in any
-dtype).
+serves; LoRA's first factors are further rows of it. The adapter is copied in, in the compute dtype, by `refresh`,
+always to the same memory, so that graphs captured before an update sample from the policy after it. The residual
+stream, the router's logits and what the projections give are float32. Every sum has one order, whatever rows are
+computed together: a row's bits do not depend on its company. Experts that are not MXFP4 in the kernels' order are
+computed on every row by every expert (slower, in any dtype).
 
 Shapes: b rows of a step, T tokens of a prefill, D hidden, H query heads, K key/value heads, C channels, r LoRA rank,
 V vocabulary.
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stages.engine.cache import LayerCache
 from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
@@ -72,8 +72,6 @@ class Step:
         heads, channels = self.config.num_attention_heads, self.config.head_dim
         self.max_context = max_context
         self.workspace = make_workspace(max_rows, heads, channels, 64, policy.device)
-        if policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the projections before they were put together
         # A list takes each decode layer's choices int [b, k]; of a captured step, where every replay puts them.
         self.routes: list[Tensor] | None = None
 
@@ -97,9 +95,7 @@ class Step:
         normed = embed_norm(
             self.embedding, tokens, rows, residual, self.norms[0], dtype=self.policy.dtype, eps=self.eps
         )
-        splits = splits_for(
-            num_rows, min(self.max_context, SPLIT_CONTEXT), kv_heads=self.config.num_key_value_heads
-        )
+        splits = splits_for(num_rows, min(self.max_context, SPLIT_CONTEXT), kv_heads=self.config.num_key_value_heads)
         for index, (layer, cache) in enumerate(zip(self.layers, layers, strict=True)):
             attended = decode_attention(
                 layer.qkv(normed),
@@ -216,11 +212,13 @@ class _Layer:
         self.o_bias = _base(self._o).bias
         self.qkv_weight = _fused(self._qkv, self.rank)
         self.o_weight = _fused([self._o], self.rank)
+        self._factors: list[Tensor] = []
         self.qkv_lora: LoraB | None = None
         self.o_lora: Tensor | None = None
         if self.rank:
-            factors = [torch.empty_like(module.b, dtype=dtype) for module in self._qkv]
-            self.qkv_lora = LoraB(*factors, self.lora_scale)
+            self._factors = [torch.empty_like(module.b, dtype=dtype) for module in self._qkv]
+            q, k, v = self._factors
+            self.qkv_lora = LoraB(q=q, k=k, v=v, scale=self.lora_scale)
             self.o_lora = torch.empty_like(self._o.b, dtype=dtype)
         self.packed = packed_experts(self.experts, dtype)
 
@@ -229,12 +227,11 @@ class _Layer:
         if not self.rank:
             return
         on = 1.0 if self._o.adapter_enabled else 0.0
-        assert self.qkv_lora is not None
         assert self.o_lora is not None
         for index, module in enumerate(self._qkv):
             start = sum(self.sizes) + index * self.rank
             self.qkv_weight[start : start + self.rank] = module.a
-            self.qkv_lora[index].copy_(module.b * on)
+            self._factors[index].copy_(module.b * on)
         self.o_weight[-self.rank :] = self._o.a
         self.o_lora.copy_(self._o.b * on)
         if self.packed is not None:
@@ -242,11 +239,10 @@ class _Layer:
                 (self.packed.gate_up_lora, self.experts.gate_up_lora),
                 (self.packed.down_lora, self.experts.down_lora),
             ):
+                assert adapter is not None
                 rank = own.a.shape[1]
                 adapter.a[:, :rank] = own.a
-                rows = stored_rows(
-                    own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device
-                )
+                rows = stored_rows(own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device)
                 adapter.b[..., :rank] = own.b[:, rows] * on
 
     def qkv(self, normed: Tensor) -> Tensor:
@@ -263,7 +259,7 @@ class _Layer:
         plain = projected[:, :total] + self.qkv_bias
         if self.qkv_lora is not None:
             inner = projected[:, total:].unflatten(1, (3, self.rank))
-            deltas = [inner[:, index] @ self.qkv_lora[index].float().mT for index in range(3)]
+            deltas = [inner[:, index] @ self._factors[index].float().mT for index in range(3)]
             plain = plain.add_(torch.cat(deltas, dim=1), alpha=self.lora_scale)
         query, key, value = (part.unflatten(1, (-1, self.channels)) for part in plain.split(self.sizes, dim=1))
         dtype = self.sinks.dtype
@@ -323,6 +319,8 @@ def _fused(modules: Sequence[Any], rank: int) -> Tensor:
     Made once for a policy: a second step finds the views and takes the matrix they are of.
     """
     bases = [_base(module) for module in modules]
+    if len(bases) == 1 and not rank:
+        return bases[0].weight
     rows = sum(base.weight.shape[0] for base in bases)
     shared = getattr(bases[0], "fused", None)
     if shared is not None:
@@ -336,6 +334,8 @@ def _fused(modules: Sequence[Any], rank: int) -> Tensor:
         base.weight.data = fused[start:stop]
         start = stop
     bases[0].fused = fused
+    if fused.is_cuda:
+        torch.cuda.empty_cache()  # of what was put together: no later matrix would fit into its place
     return fused
 
 

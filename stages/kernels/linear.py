@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 # so many rows on it does not split the inputs, and then its sums have the same order (tests/test_gpu_engine.py).
 TILES = (
     Tile(8, 64, 8, 128, 4, 4, early=True),
-    Tile(16, 64, 16, 64, 4, 8),
+    Tile(16, 64, 16, 128, 4, 5),
     Tile(32, 64, 32, 64, 4, 5),
     Tile(96, 64, 64, 128, 4, 4),
 )

@@ -45,15 +45,18 @@ def add_norm(
     scale: float,
     eps: float,
 ) -> Tensor:
-    """Adds a projection's output: delta [parts, N, D + r], to be summed, bias [D], and LoRA's b [D, r] on the last r columns of delta."""
+    """Adds a projection's output: delta [parts, N, D + r], to be summed, bias [D], and LoRA's b [D, r] on the last r
+    columns of delta.
+    """
     from stages.kernels.triton_norms import add_norm_kernel
 
     num_rows, width = residual.shape
     rank = 0 if b is None else b.shape[1]
     out = torch.empty(num_rows, width, dtype=dtype, device=residual.device)
     add_norm_kernel[(num_rows,)](
-        residual, delta, bias, delta if b is None else b, weight, out, delta.stride(0), eps, scale, D=width, DP=power_of_two(width),
-        R=rank, RP=power_of_two(max(rank, 1)), PARTS=delta.shape[0], **launch_options(out, warps=8),
+        residual, delta, bias, delta if b is None else b, weight, out, delta.stride(0), eps, scale,
+        D=width, DP=power_of_two(width), R=rank, RP=power_of_two(max(rank, 1)), PARTS=delta.shape[0],
+        **launch_options(out, warps=8),
     )  # fmt: skip
     return out
 

@@ -75,7 +75,7 @@ PLANS = (
     Plan(4, 8, 0, Launch(4, 4, 3), Launch(4, 4, 3)),
     Plan(32, 8, 0, Launch(8, 4, 3), Launch(8, 4, 3)),
     Plan(96, 16, 8, Launch(4, 4, 3), Launch(4, 4, 3)),
-    Plan(512, 32, 16, Launch(8, 4, 3), Launch(8, 4, 3)),
+    Plan(512, 32, 8, Launch(8, 4, 3), Launch(8, 4, 3)),
 )
 MAX_DECODE_ROWS = PLANS[-1].rows
 LORA_PARTS = 5

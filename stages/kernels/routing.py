@@ -65,7 +65,8 @@ def route(logits: Tensor, *, top_k: int, tile: int) -> Routing:
     )
     if not alone:
         sort_kernel[(num_experts,)](
-            routing.indices, routing.order, routing.tiles, assigned, num_tiles, E=num_experts, AP=power_of_two(assigned),
-            TP=power_of_two(num_tiles), BN=tile, **launch_options(logits, warps=4 if assigned <= 256 else 8),
+            routing.indices, routing.order, routing.tiles, assigned, num_tiles,
+            E=num_experts, AP=power_of_two(assigned), TP=power_of_two(num_tiles), BN=tile,
+            **launch_options(logits, warps=4 if assigned <= 256 else 8),
         )  # fmt: skip
     return routing

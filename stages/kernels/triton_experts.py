@@ -81,7 +81,12 @@ def _unpack(words, packed, rows: tl.constexpr, halves: tl.constexpr, width: tl.c
     """
     if ASM:
         s0, s1, s2, s3 = tl.inline_asm_elementwise(
-            SPLIT_SCALES, "=r,=r,=r,=r,r", [packed], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+            SPLIT_SCALES,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
         s0 = _spread(s0, rows, halves, width)
         s1 = _spread(s1, rows, halves, width)
@@ -177,7 +182,9 @@ def _remainder(acc, x, columns, words, scales, K: tl.constexpr, MT: tl.constexpr
 
 
 @triton.jit
-def _lora(acc, inner, b, rows, assigned, inner_stride, scale, dtype: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr):
+def _lora(
+    acc, inner, b, rows, assigned, inner_stride, scale, dtype: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr
+):
     """acc + scale * B t: b [.., R] of the expert, at `rows`; inner float32 [PARTS, A, R] to be summed."""
     rank = tl.arange(0, R)
     t = tl.load(inner + assigned[None, :] * R + rank[:, None])
@@ -390,10 +397,7 @@ def dequantize_kernel(
     block = tl.program_id(1)
     whole: tl.constexpr = K // 256
     stored = tl.arange(0, 16)
-    if INTERLEAVED:
-        row = (stored % 8) * 2 + stored // 8
-    else:
-        row = stored
+    row = stored % 8 * 2 + stored // 8 if INTERLEAVED else stored
     where = out + (tile * 16 + row[:, None]) * K
     if block < whole:
         w0, w1, w2, w3 = _load_256(
@@ -403,6 +407,11 @@ def dequantize_kernel(
     else:
         rest = block - whole
         t0, t1, t2, t3 = _load_64(
-            words + tile * 4 * K + whole * 1024 + rest * 256, scales + tile * (K // 8) + whole * 32 + rest * 8, 0, 0, 1, ASM
+            words + tile * 4 * K + whole * 1024 + rest * 256,
+            scales + tile * (K // 8) + whole * 32 + rest * 8,
+            0,
+            0,
+            1,
+            ASM,
         )
         _store_four(where + whole * 256 + rest * 64, t0, t1, t2, t3, 16)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GptOssForCausalLM
 from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding, GptOssTopKRouter
 
 from stages.kernels.attention import sink_attention

@@ -3,9 +3,9 @@
 Rows are taken 16 at a time and inputs 256 at a time (what remains, 64 at a time), so that a thread's share of a matrix
 product's weights is 16 contiguous bytes, and the four codes of a 16-bit word are the same place of four products:
 
-- word `w` of a block of 4 n inputs holds the codes of inputs w, n + w, 2n + w and 3n + w (n is 64 or 16). Their sign and
-  magnitude bits lie where one mask finds them after a shift of 0, 3 or 6 bits, as a bfloat16 that is 2^126 too small;
-  the fourth's lie in the bits that are left.
+- word `w` of a block of 4 n inputs holds the codes of inputs w, n + w, 2n + w and 3n + w (n is 64 or 16). Their sign
+  and magnitude bits lie where one mask finds them after a shift of 0, 3 or 6 bits, as a bfloat16 that is 2^126 too
+  small; the fourth's lie in the bits that are left.
 - words of 16 rows x 16 places lie in the order of an mma.m16n8k16 operand (PTX ISA, "Matrix Fragments for
   mma.m16n8k16"): row bits 2-0, place bits 2-1, place bit 3, row bit 3, place bit 0.
 - a scale byte s is kept as s + 126, the exponent of the bfloat16 2^(s - 1) that finishes a weight, four to an int32.
@@ -45,7 +45,8 @@ def relay(quantized: Mxfp4, *, interleaved: bool) -> Relaid:
         _relay(quantized.blocks[start : start + CHUNK], quantized.scales[start : start + CHUNK], interleaved)
         for start in range(0, quantized.scales.shape[0], CHUNK)
     ]
-    return Relaid(*(torch.cat(part) for part in zip(*parts, strict=True)), interleaved)
+    words, held = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Relaid(words, held, interleaved)
 
 
 def restore(relaid: Relaid) -> Mxfp4:

@@ -17,12 +17,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from stages.kernels import reference  # noqa: E402
-from stages.kernels.norms import combine_norm  # noqa: E402
-from stages.kernels.packed_experts import (  # noqa: E402
-    PLANS, Launch, PackedExperts, PackedLora, Plan, Relaid, dequantize, down, experts_decode, experts_prefill, gate_up, plan_for,
+from stages.kernels import reference
+from stages.kernels.norms import combine_norm
+from stages.kernels.packed_experts import (
+    PLANS,
+    Launch,
+    PackedExperts,
+    PackedLora,
+    Plan,
+    Relaid,
+    dequantize,
+    down,
+    experts_decode,
+    experts_prefill,
+    gate_up,
+    plan_for,
 )
-from stages.kernels.routing import route, router_logits  # noqa: E402
+from stages.kernels.routing import route, router_logits
 
 E, D, F, R = 32, 2880, 2880, 16
 LAYERS = 6
@@ -32,17 +43,29 @@ def layer(seed, rank=0, num_experts=E):
     g = torch.Generator("cuda").manual_seed(seed)
 
     def matrix(rows, inputs, interleaved):
-        words = torch.randint(-32768, 32767, (num_experts, rows // 16, 4 * inputs), dtype=torch.int16, device="cuda", generator=g)
-        bytes_ = torch.randint(118 + 126, 122 + 126, (num_experts, rows // 16, inputs // 2), dtype=torch.uint8, device="cuda", generator=g)
+        words = torch.randint(
+            -32768, 32767, (num_experts, rows // 16, 4 * inputs), dtype=torch.int16, device="cuda", generator=g
+        )
+        bytes_ = torch.randint(
+            118 + 126, 122 + 126, (num_experts, rows // 16, inputs // 2), dtype=torch.uint8, device="cuda", generator=g
+        )
         return Relaid(words, bytes_.view(torch.int32), interleaved)
 
     def draw(*shape, dtype=torch.bfloat16):
         return (torch.randn(*shape, device="cuda", generator=g) * 0.05).to(dtype)
 
-    lora = lambda rows, inputs: PackedLora(draw(num_experts, rank, inputs), draw(num_experts, rows, rank), 2.0) if rank else None
+    def lora(rows, inputs):
+        return PackedLora(draw(num_experts, rank, inputs), draw(num_experts, rows, rank), 2.0) if rank else None
+
     return PackedExperts(
-        matrix(2 * F, D, True), matrix(D, F, False), draw(num_experts, 2 * F, dtype=torch.float32),
-        draw(num_experts, D, dtype=torch.float32), lora(2 * F, D), lora(D, F), 1.702, 7.0,
+        matrix(2 * F, D, True),
+        matrix(D, F, False),
+        draw(num_experts, 2 * F, dtype=torch.float32),
+        draw(num_experts, D, dtype=torch.float32),
+        lora(2 * F, D),
+        lora(D, F),
+        1.702,
+        7.0,
     )
 
 
@@ -139,7 +162,10 @@ def check(layers):
             tokens, place = torch.where(routing.indices == expert)
             if not len(tokens):
                 continue
-            w1, w2 = (dequantize(m, torch.float32, experts=slice(expert, expert + 1))[0].double() for m in (packed.gate_up, packed.down))
+            w1, w2 = (
+                dequantize(m, torch.float32, experts=slice(expert, expert + 1))[0].double()
+                for m in (packed.gate_up, packed.down)
+            )
             stored = torch.arange(2 * F, device="cuda").view(-1, 8, 2).transpose(1, 2).reshape(-1)
             b1, f1 = torch.empty_like(packed.gate_up_bias[expert]), torch.empty_like(packed.gate_up_lora.b[expert])
             b1[stored], f1[stored] = packed.gate_up_bias[expert], packed.gate_up_lora.b[expert]
@@ -147,12 +173,22 @@ def check(layers):
             w2 = w2 + 2 * packed.down_lora.b[expert].double() @ packed.down_lora.a[expert].double()
             inner = reference.swiglu(hidden[tokens].double() @ w1.mT + b1, alpha=1.702, limit=7.0)
             want[tokens] += routing.weights[tokens, place, None].double() * (inner @ w2.mT + packed.down_bias[expert])
-        error = lambda x: ((x - want).norm() / want.norm()).item()
-        print(f"check {rows}: decode {error(got):.2e} prefill {error(plain):.2e} finite {bool(want.isfinite().all())}", flush=True)
+
+        def error(x):
+            return ((x - want).norm() / want.norm()).item()
+
+        print(
+            f"check {rows}: decode {error(got):.2e} prefill {error(plain):.2e} finite {bool(want.isfinite().all())}",
+            flush=True,
+        )
         others = {}
         for other in PLANS:
             same = Plan(other.rows, other.tokens, other.few, other.gate_up, other.down)
-            again = route(torch.randn(rows, E, device="cuda", generator=torch.Generator("cuda").manual_seed(3)), top_k=4, tile=other.tokens)
+            again = route(
+                torch.randn(rows, E, device="cuda", generator=torch.Generator("cuda").manual_seed(3)),
+                top_k=4,
+                tile=other.tokens,
+            )
             out = experts_decode(hidden, again, packed, plan=same)
             others[other.rows] = out
         first = next(iter(others.values()))
@@ -187,13 +223,25 @@ def main():
         hit = statistics.mean(inputs(rows, i, tokens)[1].indices.unique().numel() for i in range(LAYERS))
         matrix_bytes = hit * (2 * F * D if which == "up" else D * F) * 17 / 32
         share = matrix_bytes / (ms * 1e-3) / 4.3e12
-        results.append({"rows": rows, "tokens": tokens, "few": few, "which": which, "launch": list(launch), "us": round(ms * 1e3, 2), "share": round(share, 3)})
+        results.append(
+            {
+                "rows": rows,
+                "tokens": tokens,
+                "few": few,
+                "which": which,
+                "launch": list(launch),
+                "us": round(ms * 1e3, 2),
+                "share": round(share, 3),
+            }
+        )
     for rows in (1, 16, 64, 256):
         for which in ("up", "down"):
             found = sorted((r for r in results if r["rows"] == rows and r["which"] == which), key=lambda r: r["us"])
             print(f"-- {rows} {which}")
             for r in found[:7]:
-                print(f"   {r['us']:8.2f} us {100 * r['share']:5.1f} %  tokens {r['tokens']} few {r['few']} {r['launch']}")
+                print(
+                    f"   {r['us']:8.2f} us {100 * r['share']:5.1f} %  tokens {r['tokens']} few {r['few']} {r['launch']}"
+                )
     # The whole chain with today's plans.
     for rank in (0, R):
         chained = layers if not rank else [layer(i, rank=R) for i in range(LAYERS)]
@@ -207,12 +255,24 @@ def main():
             def chain():
                 for packed, hidden in zip(chained, hiddens, strict=True):
                     routing = route(router_logits(hidden, router, bias), top_k=4, tile=plan_for(rows).tokens)
-                    combine_norm(residual, experts_decode(hidden, routing, packed), routing.weights, weight, dtype=torch.bfloat16, eps=1e-5)
+                    combine_norm(
+                        residual,
+                        experts_decode(hidden, routing, packed),
+                        routing.weights,
+                        weight,
+                        dtype=torch.bfloat16,
+                        eps=1e-5,
+                    )
 
             ms = graph_ms(chain) / LAYERS
             parts = {
                 "router": graph_ms(lambda: [router_logits(h, router, bias) for h in hiddens]) / LAYERS,
-                "route": graph_ms(lambda: [route(torch.zeros(rows, E, device="cuda"), top_k=4, tile=plan_for(rows).tokens) for _ in hiddens]) / LAYERS,
+                "route": graph_ms(
+                    lambda: [
+                        route(torch.zeros(rows, E, device="cuda"), top_k=4, tile=plan_for(rows).tokens) for _ in hiddens
+                    ]
+                )
+                / LAYERS,
             }
             results.append({"rows": rows, "rank": rank, "chain_us": ms * 1e3, **{k: v * 1e3 for k, v in parts.items()}})
             print("chain", rows, "rank", rank, f"{ms * 1e3:.1f} us", {k: round(v * 1e3, 2) for k, v in parts.items()})
