@@ -8,6 +8,7 @@ import torch
 from stages.engine import Engine, Request, SamplingParams
 from stages.engine.paged_engine import PagedEngine
 from stages.kernels.launch import interpreted
+from tests.random_gpt_oss import write_checkpoint
 from tests.test_engine import make_policy, prompt_of
 
 pytest.importorskip("triton")
@@ -15,8 +16,9 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="needs Triton's interp
 
 
 @pytest.mark.parametrize("experts", ["mxfp4", "dequantized"])
-def test_the_step_samples_what_the_cpu_engine_samples(random_checkpoint: Path, experts: str) -> None:
-    policy = make_policy(random_checkpoint, experts=experts)
+def test_the_step_samples_what_the_cpu_engine_samples(tmp_path: Path, experts: str) -> None:
+    small = write_checkpoint(tmp_path, num_hidden_layers=2, intermediate_size=64)
+    policy = make_policy(small, experts=experts)
     requests = [
         Request(
             completion_id=str(index),
