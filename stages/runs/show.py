@@ -14,6 +14,7 @@ from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
 from stages.config import UserError, unknown
 from stages.tasks import registry
+from stages.tasks.base import Task
 
 OUTCOMES = ("ok", "no_program", "syntax_error", "foreign_import", "cheat", "timeout", "memory", "crash", "output_limit")
 FIGURES = ["prompt_id", "group_index", "reward", "outcome"]
@@ -65,6 +66,28 @@ def groups(run: RunDir, iteration: int) -> list[dict[str, Any]]:
     return [_group(index, members) for index, members in sorted(kept.items())]
 
 
+def ids(run: RunDir, iteration: int) -> list[str]:
+    """The completions of a scored iteration."""
+    names: list[str] = history.completions(run, iteration, []).column("completion_id").to_pylist()
+    return names
+
+
+def members(run: RunDir, iteration: int, group: int) -> list[dict[str, Any]]:
+    """The completions of one group, without their texts: rewards, outcome, tokens, and the advantage if any."""
+    task = registry.of(run.config())
+    names = [*FIGURES, "sample_index", "num_tokens", "finish_reason", *reward_columns(task)]
+    rows: list[dict[str, Any]] = history.completions(run, iteration, names).to_pylist()
+    known = {row["group_index"] for row in rows}
+    if group not in known:
+        raise UserError(f"there is no group {group}", f"groups are 0 to {max(known, default=0)}")
+    advantages = advantages_of(run, iteration)
+    return [{**row, "advantage": advantages.get(row["completion_id"])} for row in rows if row["group_index"] == group]
+
+
+def reward_columns(task: Task) -> list[str]:
+    return [name if name.startswith("reward_") else f"reward_{name}" for name in task.reward_names]
+
+
 def chosen(run: RunDir, args: Namespace) -> Iterator[dict[str, Any]]:
     """The completions that pass the filters, best first (worst first on request), whole."""
     iterations = history.scored(run) if args.iteration is None else [args.iteration]
@@ -101,7 +124,9 @@ def completion(run: RunDir, completion_id: str) -> dict[str, Any]:
             f"iteration {index} has no completion {completion_id}",
             f"see which there are with: flexsink inspect {run.path} --iteration {index}",
         )
-    return _told({**rows[completion_id], **_trained_on(run, index, completion_id)}, registry.of(run.config()).cases)
+    advantage = advantages_of(run, index).get(completion_id)
+    row = rows[completion_id] if advantage is None else {**rows[completion_id], "advantage": advantage}
+    return _told(row, registry.of(run.config()).cases)
 
 
 def as_json(answer: dict[str, Any]) -> str:
@@ -132,6 +157,7 @@ def _group(index: int, members: list[dict[str, Any]]) -> dict[str, Any]:
         "best": {"completion_id": best["completion_id"], "reward": best["reward"]},
         "worst": {"completion_id": worst["completion_id"], "reward": worst["reward"]},
         "outcomes": outcomes,
+        "rewards": sorted(rewards),
     }
 
 
@@ -152,13 +178,13 @@ def _told(row: dict[str, Any], cases: str) -> dict[str, Any]:
     return told
 
 
-def _trained_on(run: RunDir, iteration: int, completion_id: str) -> dict[str, Any]:
-    """What the update made of a completion; nothing while there is no update."""
+def advantages_of(run: RunDir, iteration: int) -> dict[str, float]:
+    """What the update made of each completion; nothing while there is no update."""
     folder = run.folder(StageId("update", iteration))
     if not (folder / NAME).is_file():
         return {}
     rows = read_table(folder, "samples", SAMPLES, columns=["completion_id", "advantage"]).to_pylist()
-    return next(({"advantage": row["advantage"]} for row in rows if row["completion_id"] == completion_id), {})
+    return {row["completion_id"]: row["advantage"] for row in rows}
 
 
 def _evaluated(run: RunDir, completion_id: str, updates: int) -> dict[str, Any]:

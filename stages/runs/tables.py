@@ -4,7 +4,7 @@ What a model wrote is printed as plain text with its control characters made vis
 nor move the terminal's cursor, nor use rich's markup.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -20,6 +20,7 @@ from stages.tasks.base import Figure, Task
 from stages.tasks.checks import COLUMNS
 
 WIDE = 130  # columns where the output is no terminal
+BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 LONGEST = 60  # lines of a program shown in a list; --completion shows all
 
 
@@ -57,6 +58,9 @@ def print_completion(row: dict[str, Any], *, task: Task, whole: bool, out: Conso
     """One completion: its verdict, program and cases; the prompt and the raw text too when `whole`."""
     parts: list[RenderableType] = [facts(row, task=task, whole=whole)]
     if whole:
+        found = evidence(row)
+        if found.plain:
+            parts += [Rule("evidence", style="dim"), found]
         if row.get("prompt"):
             parts += [Rule("prompt", style="dim"), Text(printable(row["prompt"]))]
         if row.get("completion"):
@@ -117,10 +121,8 @@ def evaluations(rows: Iterable[dict[str, Any]], task: Task) -> Table:
     for name in heads:
         table.add_column(name, justify="left" if name == task.player else "right", no_wrap=True)
     unique = {(row["kind"], row["name"], row["updates"] if row["kind"] == "policy" else None): row for row in rows}
-    for (kind, name, updates), row in sorted(
-        unique.items(), key=lambda item: (item[0][0] != "policy", item[0][2] or 0)
-    ):
-        label = name.replace("_", " ") if kind != "policy" else f"after {updates} updates" if updates else "untrained"
+    for (_, _, updates), row in sorted(unique.items(), key=lambda item: (item[0][0] != "policy", item[0][2] or 0)):
+        label = player(row, updates)
         low, high = (shown(first, row[first.name + end]) for end in ("_low", "_high"))
         largest = (
             [max((entry[task.tally.value] for entry in row[task.tally.name] or []), default="")] if task.tally else []
@@ -134,6 +136,23 @@ def evaluations(rows: Iterable[dict[str, Any]], task: Task) -> Table:
             *map(str, largest),
         )
     return table
+
+
+def player(row: Mapping[str, Any], updates: int | None) -> str:
+    """Who a row of an evaluation is about: untrained, after 24 updates, or the baseline's name."""
+    if row["kind"] != "policy":
+        return str(row["name"]).replace("_", " ")
+    return f"after {updates} updates" if updates else "untrained"
+
+
+def strip(values: Sequence[float], low: float, high: float, *, width: int = 20) -> str:
+    """Where the values lie between `low` and `high`: a block's height is how many of them lie there."""
+    counts = [0] * width
+    for value in values:
+        share = (value - low) / (high - low) if high > low else 0.0
+        counts[max(0, min(width - 1, int(share * width)))] += 1
+    most = max(counts, default=0) or 1
+    return "".join(BLOCKS[-(-count * 8 // most)] for count in counts)
 
 
 def shown(figure: Figure, value: float, *, digits: int = 1) -> str:
@@ -180,7 +199,7 @@ def cell(value: Any) -> str:
 
 
 def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
-    """The verdict and its evidence, and with `whole` what is known about the tokens."""
+    """The verdict; its evidence in brief, or with `whole`, beside `evidence`, what is known about the tokens."""
     text = Text()
     if "reward" in row:
         parts = ", ".join(
@@ -196,12 +215,13 @@ def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
             text.append(f"  {each.short or each.title} {shown(each, row[each.name], digits=0)}")
         text.append("  ")
     text.append(row["outcome"].replace("_", " "), style="green" if row["outcome"] == "ok" else "red")
-    if row.get("detail"):
-        text.append(f": {printable(row['detail'])}")
-    if any(row.get(name) is not None for name in COLUMNS):
-        text.append(f"\n{checked(row)}", style="dim")
-    if row.get("state_kept"):
-        text.append(f"\nmay keep state between calls: {printable(row['state_kept'])}", style="yellow")
+    if not whole:
+        if row.get("detail"):
+            text.append(f": {printable(row['detail'])}")
+        if any(row.get(name) is not None for name in COLUMNS):
+            text.append(f"\n{checked(row)}", style="dim")
+        if row.get("state_kept"):
+            text.append(f"\nmay keep state between calls: {printable(row['state_kept'])}", style="yellow")
     if "finish_reason" in row:
         text.append(f"\n{row['num_tokens']} tokens, ended by {row['finish_reason']}", style="dim")
         text.append(f", policy after {row['policy_version']} updates, seed {row['seed']}", style="dim")
@@ -231,6 +251,37 @@ def program(source: str, *, whole: bool) -> RenderableType:
     cut = [] if whole else lines[LONGEST:]
     shown = Syntax("\n".join(lines[: len(lines) - len(cut)]), "python", theme="ansi_dark", background_color="default")
     return Group(shown, Text(f"... {len(cut)} more lines", style="dim")) if cut else shown
+
+
+CHECKS = {
+    "depends_on_board": ("other inputs get other answers", "its answers do not depend on what it is given"),
+    "depends_on_calls": ("equal inputs get other answers at another call", "equal inputs get equal answers"),
+    "depends_on_random": ("random numbers alone make the difference", "random numbers make no difference"),
+    "depends_on_time": ("it may know the time", "it has no clock"),
+}  # a check's name: what yes means, what no means
+
+
+def evidence(row: dict[str, Any]) -> Text:
+    """What was found out about the program beside its score, a line each; unknown is said where something is known."""
+    text = Text()
+    if row.get("detail"):
+        text.append(f"{printable(row['detail'])}\n", style="red" if row.get("outcome") != "ok" else "")
+    if any(row.get(name) is not None for name in CHECKS):
+        for name, (yes, no) in CHECKS.items():
+            value = row.get(name)
+            text.append(f"{name.replace('_', ' '):<18}", style="dim")
+            text.append(
+                f"{'unknown' if value is None else yes if value else no}\n", style="yellow" if odd(name, value) else ""
+            )
+    if row.get("state_kept"):
+        text.append(f"may keep state between calls: {printable(row['state_kept'])}\n", style="yellow")
+    text.rstrip()
+    return text
+
+
+def odd(check: str, value: bool | None) -> bool:
+    """Whether a check's answer is one to look at: a program that ignores its input, or may know the time."""
+    return (check == "depends_on_board" and value is False) or (check == "depends_on_time" and value is True)
 
 
 def told(counts: dict[str, int], *, most: int = 9) -> str:
