@@ -7,6 +7,7 @@ from pathlib import Path
 
 from textual.app import App
 from textual.binding import Binding
+from textual.pilot import Pilot
 from textual.theme import Theme
 
 from flows.view.completion import CompletionPage
@@ -86,12 +87,11 @@ def snapshot(args: Namespace) -> Path:
     import asyncio
 
     app = Browser(args.run, completion=args.completion, tab=args.tab, light=args.light)
+    app.animation_level = "none"
 
     async def draw() -> str:
         async with app.run_test(size=args.size) as pilot:
-            await pilot.pause()
-            await app.workers.wait_for_complete()
-            await pilot.pause()
+            await settled(pilot)
             return app.export_screenshot(title=f"flexsink view {args.run}")
 
     picture = without_network(asyncio.run(draw()))
@@ -101,6 +101,14 @@ def snapshot(args: Namespace) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "choose another file with --snapshot") from error
     return path
+
+
+async def settled(pilot: Pilot[None]) -> None:
+    """Returns when the screen shows what it has read."""
+    await pilot.pause()
+    while isinstance(pilot.app.screen, Page) and not pilot.app.screen.ready:
+        await pilot.pause(0.02)
+    await pilot.pause()
 
 
 def without_network(picture: str) -> str:

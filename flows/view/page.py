@@ -38,6 +38,7 @@ class Page(Screen[None]):
     KEYS: ClassVar[tuple[tuple[str, str], ...]] = ()  # of this screen alone, for its help
 
     heading = ""
+    ready = False  # whether what was read last is shown
 
     def compose(self) -> ComposeResult:
         yield Static(printable(self.heading), id="heading", markup=False)
@@ -60,8 +61,13 @@ class Page(Screen[None]):
     def on_mount(self) -> None:
         self.begin()
 
-    @work(thread=True, exclusive=True)
     def begin(self) -> None:
+        """Reads and shows what there is on the disk now."""
+        self.ready = False
+        self.work()
+
+    @work(thread=True, exclusive=True)
+    def work(self) -> None:
         try:
             found = self.read()
         except UserError as error:
@@ -72,12 +78,14 @@ class Page(Screen[None]):
     def filled(self, found: Any) -> None:
         if self.is_attached:  # it may have been left in the meantime
             self.fill(found)
+            self.ready = True
 
     def failed(self, error: UserError) -> None:
         if self.is_attached:
             problem = self.query_one("#problem", Static)
             problem.update(f"{error.message}\n{error.hint}")
             problem.display = True
+            self.ready = True
 
     def head(self, text: str) -> None:
         """Changes the heading."""

@@ -27,7 +27,9 @@ SCALES = {"trainer - engine": 0.1, "trainer - reference": 2.0}  # nats that get 
 class TokenView(ScrollView, can_focus=True):
     """Example: view.show(stages.runs.tokens.of(run, "00003-002-005").tokens)"""
 
-    DEFAULT_CSS = "TokenView { height: 1fr; background: $background; padding: 0 1; overflow-x: hidden; }"
+    DEFAULT_CSS = (
+        "TokenView { height: 1fr; background: $background; padding: 0 1; overflow-x: hidden; overflow-y: scroll; }"
+    )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "move(-1)", "Token", key_display="\u2190\u2192"),
         Binding("right", "move(1)", show=False),
