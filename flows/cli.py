@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import stages.report
 import stages.runs
-from flows import view
+from flows import prune, view
 from flows.config import differences, overridden, resolved, resumed, shown
 from flows.presets import PRESETS, preset
 from stages.config import RunConfig, UserError
@@ -77,6 +77,10 @@ def parser() -> Parser:
     browse = commands.add_parser("view", help="look at a run in the terminal: groups, tokens, programs, games")
     view.add_arguments(browse)
     browse.set_defaults(command=view.view)
+
+    clear = commands.add_parser("prune", help="say what of the runs can go, and delete it with --yes")
+    prune.add_arguments(clear)
+    clear.set_defaults(command=prune.prune)
 
     report = commands.add_parser("report", help="write a run's report as one HTML file")
     stages.report.add_arguments(report)

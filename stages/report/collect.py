@@ -25,7 +25,7 @@ def collect(path: Path) -> Contents:
     run = RunDir.open(path)
     config = run.config()
     task = registry.of(config)
-    tables = {i: history.completions(run, i, history.FIGURES) for i in history.scored(run)}
+    tables = {i: history.figures(run, i) for i in history.scored(run)}
     summaries = history.evaluated(run)
     best, worst = _programs(run, list(tables.values()), task)
     return Contents(

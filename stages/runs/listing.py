@@ -81,12 +81,17 @@ def listed(path: Path) -> dict[str, Any]:
 
 def state(run: RunDir) -> str:
     """running while a process works on it, done when it is exported, else stopped."""
-    config = run.config()
     if held(run.path / ".lock"):
         return "running"
+    return "done" if is_done(run) else "stopped"
+
+
+def is_done(run: RunDir) -> bool:
+    """Whether the run's last update and its own export are there, whoever works on it now."""
+    config = run.config()
     last = run.manifest(StageId("update", config.train.iterations - 1)) if config.train.iterations else None
     exported = run.manifest(StageId("export", config.train.iterations, config.export.format))
-    return "done" if exported and (last or not config.train.iterations) else "stopped"
+    return exported is not None and (last is not None or not config.train.iterations)
 
 
 def held(lock: Path) -> bool:

@@ -4,6 +4,7 @@ What a model wrote is printed as plain text with its control characters made vis
 nor move the terminal's cursor, nor use rich's markup.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from stages.tasks.checks import COLUMNS
 
 WIDE = 130  # columns where the output is no terminal
 BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+UNLIKELY = math.log(0.1)
 LONGEST = 60  # lines of a program shown in a list; --completion shows all
 
 
@@ -71,6 +73,21 @@ def print_completion(row: dict[str, Any], *, task: Task, whole: bool, out: Conso
         parts += [Rule(task.cases, style="dim"), cases(row[task.cases], task)]
     title = Text.assemble((row.get("completion_id") or row.get("name", ""), "bold"))
     (out or console()).print(Panel(Group(*parts), title=title, title_align="left", border_style="dim"))
+
+
+def print_tokens(rows: list[dict[str, Any]]) -> None:
+    """One line per token: its text and its logprobs, the unlikely ones marked."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("#", "id", "token", "engine", "chance", "trainer", "reference"):
+        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
+    for at, row in enumerate(rows, start=1):
+        engine = row["engine"]
+        chance = "" if engine is None else f"{100 * math.exp(engine):.3g} %"
+        unlikely = engine is not None and engine < UNLIKELY
+        others = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("trainer", "reference"))
+        figures = ("" if engine is None else f"{engine:.4f}", chance, *others)
+        table.add_row(str(at), str(row["id"]), Text(ascii(row["text"])), *figures, style="yellow" if unlikely else "")
+    console().print(table if rows else "No tokens are kept of this completion.")
 
 
 def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
@@ -162,9 +179,12 @@ def shown(figure: Figure, value: float, *, digits: int = 1) -> str:
 
 def groups(rows: Iterable[dict[str, Any]]) -> Table:
     """One line per group of an iteration."""
+    rows = list(rows)
+    low = min((row["worst"]["reward"] for row in rows), default=0.0)
+    high = max((row["best"]["reward"] for row in rows), default=0.0)
     table = Table(box=None, header_style="dim", pad_edge=False, title="\ngroups", title_justify="left")
-    for name in ("group", "completions", "mean", "spread", "best", "worst", "outcomes"):
-        left = name in ("best", "worst", "outcomes")
+    for name in ("group", "completions", "mean", "spread", f"{low:.1f} to {high:.1f}", "best", "worst", "outcomes"):
+        left = name not in ("group", "completions", "mean", "spread")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "outcomes")
     for row in rows:
         table.add_row(
@@ -172,6 +192,7 @@ def groups(rows: Iterable[dict[str, Any]]) -> Table:
             str(row["completions"]),
             Text(f"{row['mean']:.2f}", style="bold"),
             f"{row['spread']:.2f}",
+            strip(row["rewards"], low, high, width=16),
             f"{row['best']['reward']:5.2f}  {row['best']['completion_id']}",
             f"{row['worst']['reward']:5.2f}  {row['worst']['completion_id']}",
             Text.assemble(told(row["outcomes"]), ("  no signal" if row["silent"] else "", "yellow")),
