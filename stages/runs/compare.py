@@ -72,7 +72,7 @@ def programs(run: RunDir, first: int, second: int) -> dict[str, Any]:
         "best": {
             "from": best[0]["completion_id"] if best[0] else None,
             "to": best[1]["completion_id"] if best[1] else None,
-            "diff": "\n".join(difflib.unified_diff(*lines, *names, lineterm="", n=2)),
+            "diff": "\n".join(difflib.unified_diff(lines[0], lines[1], names[0], names[1], lineterm="", n=2)),
         },
     }
 
