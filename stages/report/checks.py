@@ -37,7 +37,7 @@ def chips(program: Program) -> str:
     """The checks of one program that are answered, as chips."""
     told = [
         f'<span class="chip{" odd" if _odd(name, value) else ""}">'
-        f"{name.removeprefix('depends_on_')}: {'yes' if value else 'no'}</span>"
+        f"{escape(name.removeprefix('depends_on_'))}: {'yes' if value else 'no'}</span>"
         for name, value in program.checks.items()
         if isinstance(value, bool)
     ]

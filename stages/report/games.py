@@ -64,7 +64,7 @@ def _achieved(figure: Achieved) -> str:
     def draw(width: int) -> str:
         return line_chart(curve, width=width, height=220, label=label, from_zero=True, percents=figure.share)
 
-    return card(in_halves(draw), title=capital(figure.title), note=escape(note))
+    return card(in_halves(draw), title=escape(capital(figure.title)), note=escape(note))
 
 
 def replays(contents: Contents) -> str:
@@ -148,10 +148,12 @@ def _histograms(contents: Contents, players: list[Player]) -> str:
     for player, share in zip(players, shares, strict=True):
         label = f"{player.label}: " + ", ".join(f"{tile} in {100 * share.get(tile, 0):.0f} %" for tile in tiles)
         tone = _tone(contents, player)
-        chart = tile_bars(share, tiles, width=340, peak=peak, tone=tone, label=label, of=words.tallied)
-        head = f"<div><b>{escape(player.label)}</b><span>{sum(player.tiles.values())} {words.tallied}</span></div>"
+        chart = tile_bars(share, tiles, width=340, peak=peak, tone=tone, label=label, of=escape(words.tallied))
+        head = (
+            f"<div><b>{escape(player.label)}</b><span>{sum(player.tiles.values())} {escape(words.tallied)}</span></div>"
+        )
         rows.append(f'<div class="hist">{head}{chart}</div>')
-    return card("".join(rows), title=words.tally, note=words.tally_note)
+    return card("".join(rows), title=escape(words.tally), note=escape(words.tally_note))
 
 
 def _evaluations(contents: Contents) -> str:
