@@ -278,6 +278,18 @@ def test_help_names_the_keys_and_a_completion_is_reached_by_its_id(run: RunDir) 
     drive(app, steps)
 
 
+def test_reading_again_keeps_the_row(run: RunDir) -> None:
+    app = Browser(run.path)
+
+    async def steps(pilot: Any) -> None:
+        await press(pilot, "j", "r")
+        assert app.screen.query_one("#of-iterations", Rows).cursor_row == 1
+        await press(pilot, "enter")
+        assert "iteration 1" in seen(app)
+
+    drive(app, steps)
+
+
 def test_colours_change_by_a_key(run: RunDir) -> None:
     app = Browser(run.path)
 

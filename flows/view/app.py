@@ -77,9 +77,10 @@ def pages(path: Path, *, completion: str | None, tab: str | None) -> list[Page]:
 
 def browse(args: Namespace) -> None:
     """Runs the browser in this terminal until it is left."""
+    app = Browser(args.run, completion=args.completion, tab=args.tab, light=args.light)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError("flexsink view needs a terminal", "without one: flexsink view RUN --snapshot FILE.svg")
-    Browser(args.run, completion=args.completion, tab=args.tab, light=args.light).run()
+    app.run()
 
 
 def snapshot(args: Namespace) -> Path:

@@ -186,7 +186,7 @@ class CompletionPage(OfRun):
             at = self.ids.index(self.completion_id) + by
             if 0 <= at < len(self.ids):
                 self.completion_id = self.ids[at]
-                self.head(f"{self.rundir.path.name} > {self.completion_id}")
+                self.heading = f"{self.rundir.path.name} > {self.completion_id}"
                 self.begin()
 
 

@@ -1,5 +1,6 @@
 """A run's iterations and evaluations, the groups of an iteration, the completions of a group."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.text import Text
@@ -49,7 +50,8 @@ class RunPage(OfRun):
         config = self.rundir.config()
         iterations = [history.summed_up(self.rundir, index) for index in history.scored(self.rundir)]
         done = f"{len(iterations)} of {config.train.iterations} iterations scored, {listing.state(self.rundir)}"
-        facts = f"{config.task.name}, preset {config.preset}, {config.model.source}: {done}"
+        model = "/".join(Path(config.model.source).parts[-2:])
+        facts = f"{config.task.name}, preset {config.preset}, {model}: {done}"
         return iterations, history.evaluated(self.rundir), facts
 
     def fill(self, found: tuple[list[Iteration], dict[int, list[dict[str, Any]]], str]) -> None:
@@ -148,10 +150,10 @@ class IterationPage(OfRun):
                 right(row["group"]),
                 right(f"{row['mean']:.2f}", style="bold"),
                 right(f"{row['spread']:.2f}"),
-                tables.strip(row["rewards"], low, high),
+                tables.strip(row["rewards"], low, high, width=16),
                 right(f"{row['worst']['reward']:.2f}"),
                 right(f"{row['best']['reward']:.2f}"),
-                Text.assemble((tables.told(row["outcomes"], most=2)), (" no signal" if row["silent"] else "", "dim")),
+                Text.assemble(("no signal: " if row["silent"] else "", "dim"), tables.told(row["outcomes"], most=1)),
                 key=str(row["group"]),
             )
 

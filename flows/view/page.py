@@ -27,6 +27,7 @@ class Page(Screen[None]):
     Page * { scrollbar-size: 1 1; scrollbar-color: $primary 50%; scrollbar-background: $background; }
     Page .note { padding: 0 1; color: $text-muted; height: auto; }
     Page DataTable { height: 1fr; background: $background; }
+    Page DataTable:focus { background-tint: $background 0%; }
     Page DataTable > .datatable--header { background: $background; color: $text-muted; text-style: none; }
     Page DataTable > .datatable--cursor { background: $primary 35%; color: $foreground; text-style: bold; }
     """
@@ -64,6 +65,7 @@ class Page(Screen[None]):
     def begin(self) -> None:
         """Reads and shows what there is on the disk now."""
         self.ready = False
+        self.head(f"{self.heading} ...")
         self.work()
 
     @work(thread=True, exclusive=True)
@@ -76,15 +78,22 @@ class Page(Screen[None]):
         self.app.call_from_thread(self.filled, found)
 
     def filled(self, found: Any) -> None:
-        if self.is_attached:  # it may have been left in the meantime
-            self.fill(found)
-            self.ready = True
+        if not self.is_attached:  # it was left in the meantime
+            return
+        tables = {table: table.cursor_row for table in self.query(Rows)}
+        self.head(self.heading)
+        self.fill(found)
+        for table, row in tables.items():
+            if table.row_count:
+                table.move_cursor(row=min(row, table.row_count - 1))
+        self.ready = True
 
     def failed(self, error: UserError) -> None:
         if self.is_attached:
             problem = self.query_one("#problem", Static)
             problem.update(f"{error.message}\n{error.hint}")
             problem.display = True
+            self.head(self.heading)
             self.ready = True
 
     def head(self, text: str) -> None:
@@ -164,7 +173,7 @@ class Help(ModalScreen[None]):
 
     DEFAULT_CSS = """
     Help { align: center middle; }
-    Help > VerticalScroll { width: 62; height: auto; max-height: 90%; padding: 1 2; background: $surface;
+    Help > VerticalScroll { width: 76; height: auto; max-height: 90%; padding: 1 2; background: $surface;
         border: round $primary; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter", "dismiss", "Close")]
@@ -174,7 +183,7 @@ class Help(ModalScreen[None]):
         self.keys = keys
 
     def compose(self) -> ComposeResult:
-        lines = [f"{key:<16}{what}" for key, what in (*self.keys, *COMMON)]
+        lines = [f"{key:<13}{what}" for key, what in (*self.keys, *COMMON)]
         with VerticalScroll():
             yield Static("\n".join(lines), markup=False)
 
