@@ -15,6 +15,7 @@ import pytest
 from textual.widgets import Static, TabbedContent
 
 from flows import view
+from flows.view import iterations
 from flows.view.app import Browser, settled, snapshot
 from flows.view.board import Board
 from flows.view.completion import CompletionPage, marked_lines
@@ -90,6 +91,25 @@ def test_enter_goes_down_from_the_runs_to_a_completion_and_escape_back(run: RunD
         assert "done" in seen(app)
 
     drive(app, steps)
+
+
+def test_a_long_run_is_shown_in_part_while_it_is_read(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iterations, "SHOWN_EVERY_S", 0.0)
+    shown: list[tuple[int, str]] = []
+    fill = RunPage.fill
+
+    def watched(page: RunPage, found: Any) -> None:
+        fill(page, found)
+        shown.append((page.query_one("#of-iterations", Rows).row_count, found[2]))
+
+    monkeypatch.setattr(RunPage, "fill", watched)
+
+    async def steps(pilot: Any) -> None:
+        assert shown[:2] == [(1, "1 of 2 iterations read"), (2, "2 of 2 iterations read")]
+        assert shown[2][0] == 2
+        assert shown[2][1].endswith("2 of 2 iterations scored, done")
+
+    drive(Browser(run.path), steps)
 
 
 def test_the_tables_show_the_figures_in_the_files(run: RunDir) -> None:
@@ -238,6 +258,7 @@ def test_evaluations_lead_to_their_programs_and_baselines(run: RunDir) -> None:
         assert "No tokens are kept of this completion." in seen(app)
         await press(pilot, "escape", "escape", "end", "enter")
         assert type(app.screen) is HeldOutPage
+        assert app.screen.row_of == {"kind": "baseline", "name": "look_ahead"}
         await press(pilot, "enter", "3")
         assert "def slide(row):" in seen(app)
 

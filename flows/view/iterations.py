@@ -1,5 +1,6 @@
 """A run's iterations and evaluations, the groups of an iteration, the completions of a group."""
 
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -7,6 +8,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Sparkline, Static, TabbedContent, TabPane
+from textual.worker import get_current_worker
 
 from flows.view.completion import CompletionPage
 from flows.view.evaluations import HeldOutPage
@@ -17,6 +19,8 @@ from stages.artifacts.run import RunDir
 from stages.runs import listing, show, tables
 from stages.runs.tables import printable
 from stages.tasks import registry
+
+SHOWN_EVERY_S = 1.0  # a long run is shown in part that often while it is read
 
 
 class RunPage(OfRun):
@@ -47,12 +51,22 @@ class RunPage(OfRun):
                 yield Rows(id="of-evaluations")
 
     def read(self) -> tuple[list[Iteration], dict[int, list[dict[str, Any]]], str]:
+        """A long run is shown in part while the rest of it is read."""
         config = self.rundir.config()
-        iterations = [history.summed_up(self.rundir, index) for index in history.scored(self.rundir)]
+        evaluations = history.evaluated(self.rundir)
+        scored = history.scored(self.rundir)
+        iterations: list[Iteration] = []
+        shown = time.monotonic()
+        for index in scored:
+            iterations.append(history.summed_up(self.rundir, index))
+            if time.monotonic() - shown > SHOWN_EVERY_S and not get_current_worker().is_cancelled:
+                told = f"{len(iterations)} of {len(scored)} iterations read"
+                self.app.call_from_thread(self.refill, ([*iterations], evaluations, told))
+                shown = time.monotonic()
         done = f"{len(iterations)} of {config.train.iterations} iterations scored, {listing.state(self.rundir)}"
         model = "/".join(Path(config.model.source).parts[-2:])
         facts = f"{config.task.name}, preset {config.preset}, {model}: {done}"
-        return iterations, history.evaluated(self.rundir), facts
+        return iterations, evaluations, facts
 
     def fill(self, found: tuple[list[Iteration], dict[int, list[dict[str, Any]]], str]) -> None:
         iterations, evaluations, facts = found

@@ -78,15 +78,20 @@ class Page(Screen[None]):
         self.app.call_from_thread(self.filled, found)
 
     def filled(self, found: Any) -> None:
-        if not self.is_attached:  # it was left in the meantime
+        if self.is_attached:  # else it was left in the meantime
+            self.head(self.heading)
+            self.refill(found)
+            self.ready = True
+
+    def refill(self, found: Any) -> None:
+        """Shows what was read and keeps each table's row."""
+        if not self.is_attached:
             return
         tables = {table: table.cursor_row for table in self.query(Rows)}
-        self.head(self.heading)
         self.fill(found)
         for table, row in tables.items():
             if table.row_count:
                 table.move_cursor(row=min(row, table.row_count - 1))
-        self.ready = True
 
     def failed(self, error: UserError) -> None:
         if self.is_attached:
@@ -151,6 +156,8 @@ class Rows(DataTable[Any]):
         Binding("enter", "select_cursor", "Open"),
         Binding("j", "cursor_down", show=False),
         Binding("k", "cursor_up", show=False),
+        Binding("home", "scroll_top", show=False),
+        Binding("end", "scroll_bottom", show=False),
     ]
 
     def __init__(self, **options: Any) -> None:
@@ -159,6 +166,7 @@ class Rows(DataTable[Any]):
 
 COMMON = (
     ("up down j k", "choose a row"),
+    ("home end", "first and last row"),
     ("enter", "open it"),
     ("escape", "back"),
     ("g", "go to a completion by its id"),
