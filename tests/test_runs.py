@@ -1,6 +1,7 @@
 """Inspecting and listing runs, against sums written out by hand and against the rows in the files."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -207,6 +208,27 @@ def test_a_state_that_may_be_kept_counts_as_yes(tmp_path: Path) -> None:
     config = synthetic_run.config_of(iterations=1, prompts=1, group_size=3)
     run = synthetic_run.write(tmp_path / "kept", config, upto=StageId("score", 0), score=score)
     assert history.summed_up(run, 0).checks["state_kept"] == {"yes": 1, "no": 1, "unknown": 1}
+
+
+def test_tables_fit_a_narrow_terminal(run: RunDir) -> None:
+    from rich.console import Console
+
+    from stages.runs import show, tables
+
+    rows = [dataclasses.asdict(history.summed_up(run, i)) for i in range(3)]
+    for width in (80, 130):
+        out = Console(width=width, record=True, file=io.StringIO())
+        out.print(tables.iterations(rows, width=width))
+        out.print(tables.groups(show.groups(run, 1), width=width))
+        text = out.export_text()
+        assert "\u2026" not in text  # nothing is cut short
+        assert f"{rows[0]['reward']:.2f} \u00b1{rows[0]['reward_error']:.2f}" in text
+
+
+def test_an_iteration_says_what_its_programs_depend_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in history.completions(run, 1).to_pylist() if row["outcome"] == "ok"]
+    drawn = [row["depends_on_random"] for row in rows if row["depends_on_random"] is not None]
+    assert f"{sum(drawn)} of {len(drawn)} draw lots" in printed(run, capsys, "--iteration", "1")
 
 
 def test_two_iterations_are_compared_as_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,8 @@ def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
             out.print(f"Nothing has been scored yet; go on with: flexsink resume {run.path}")
     if "iteration" in answer:
         out.print(iterations([answer["iteration"]], width=out.width))
-        out.print(groups(answer["groups"]))
+        out.print(Text(dependence(answer["iteration"]["checks"]), style="dim"))
+        out.print(groups(answer["groups"], width=out.width))
     if "completions" in answer:
         for row in answer["completions"]:
             print_completion(row, task=task, whole=False, out=out)
@@ -106,10 +107,12 @@ def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
     ]
     if width < 118:
         columns = [name for name in columns if name not in ("middle half", "cut off", "kl")]
+    if width < 100:
+        columns.remove("completions")
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("other outcomes", no_wrap=True)
+    table.add_column("other outcomes")
     for row in rows:
         kl = row["metrics"].get("kl")
         cells: dict[str, str | Text] = {
@@ -177,14 +180,15 @@ def shown(figure: Figure, value: float, *, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %" if figure.share else f"{value:.{figure.digits}f}"
 
 
-def groups(rows: Iterable[dict[str, Any]]) -> Table:
-    """One line per group of an iteration."""
+def groups(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
+    """One line per group of an iteration; a narrow terminal gets no ids, but their last part."""
     rows = list(rows)
     low = min((row["worst"]["reward"] for row in rows), default=0.0)
     high = max((row["best"]["reward"] for row in rows), default=0.0)
     table = Table(box=None, header_style="dim", pad_edge=False, title="\ngroups", title_justify="left")
-    for name in ("group", "completions", "mean", "spread", f"{low:.1f} to {high:.1f}", "best", "worst", "outcomes"):
-        left = name not in ("group", "completions", "mean", "spread")
+    narrow = width < 118
+    for name in ("group", "of", "mean", "spread", f"{low:.1f} to {high:.1f}", "best", "worst", "outcomes"):
+        left = name not in ("group", "of", "mean", "spread")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "outcomes")
     for row in rows:
         table.add_row(
@@ -193,8 +197,10 @@ def groups(rows: Iterable[dict[str, Any]]) -> Table:
             Text(f"{row['mean']:.2f}", style="bold"),
             f"{row['spread']:.2f}",
             strip(row["rewards"], low, high, width=16),
-            f"{row['best']['reward']:5.2f}  {row['best']['completion_id']}",
-            f"{row['worst']['reward']:5.2f}  {row['worst']['completion_id']}",
+            *(
+                f"{each['reward']:5.2f}  {each['completion_id'][9:] if narrow else each['completion_id']}"
+                for each in (row["best"], row["worst"])
+            ),
             Text.assemble(told(row["outcomes"]), ("  no signal" if row["silent"] else "", "yellow")),
         )
     return table
@@ -298,6 +304,22 @@ def evidence(row: dict[str, Any]) -> Text:
         text.append(f"may keep state between calls: {printable(row['state_kept'])}\n", style="yellow")
     text.rstrip()
     return text
+
+
+def dependence(checks: Mapping[str, Mapping[str, int]]) -> str:
+    """What the programs of an iteration that ended ok depend on, in words; empty where nothing is known of them."""
+    told = []
+    for name, answer, words in (
+        ("depends_on_board", "no", "ignore their input"),
+        ("depends_on_random", "yes", "draw lots"),
+        ("depends_on_time", "yes", "may know the time"),
+        ("state_kept", "yes", "may keep state"),
+    ):
+        counts = checks.get(name, {})
+        known = counts.get("yes", 0) + counts.get("no", 0)
+        if known:
+            told.append(f"{counts[answer]} of {known} {words}")
+    return f"programs that ended ok: {', '.join(told)}" if told else ""
 
 
 def odd(check: str, value: bool | None) -> bool:
