@@ -296,10 +296,9 @@ def evidence(row: dict[str, Any]) -> Text:
     if any(row.get(name) is not None for name in CHECKS):
         for name, (yes, no) in CHECKS.items():
             value = row.get(name)
+            words = "unknown" if value is None else f"yes: {yes}" if value else f"no: {no}"
             text.append(f"{name.replace('_', ' '):<18}", style="dim")
-            text.append(
-                f"{'unknown' if value is None else yes if value else no}\n", style="yellow" if odd(name, value) else ""
-            )
+            text.append(f"{words}\n", style="yellow" if odd(name, value) else "")
     if row.get("state_kept"):
         text.append(f"may keep state between calls: {printable(row['state_kept'])}\n", style="yellow")
     text.rstrip()
