@@ -192,7 +192,7 @@ def test_checks_of_programs_that_ended_well_are_counted(run: RunDir) -> None:
 def test_a_state_that_may_be_kept_counts_as_yes(tmp_path: Path) -> None:
     def score(context: StageContext) -> None:
         rows = read_table(context.input(StageId("rollout", 0)), "rollouts").to_pylist()
-        kept = ["line 2: writes global n", "", None]
+        kept = ["line 2: writes global n", "", None, ""]
         scores = [
             {
                 "completion_id": row["completion_id"],
@@ -205,9 +205,9 @@ def test_a_state_that_may_be_kept_counts_as_yes(tmp_path: Path) -> None:
         ]
         write_parts(context.out, "scores", scores, scores_schema(["works"]))
 
-    config = synthetic_run.config_of(iterations=1, prompts=1, group_size=3)
+    config = synthetic_run.config_of(iterations=1, prompts=1, group_size=4)
     run = synthetic_run.write(tmp_path / "kept", config, upto=StageId("score", 0), score=score)
-    assert history.summed_up(run, 0).checks["state_kept"] == {"yes": 1, "no": 1, "unknown": 1}
+    assert history.summed_up(run, 0).checks["state_kept"] == {"yes": 1, "no": 2, "unknown": 1}
 
 
 def test_tables_fit_a_narrow_terminal(run: RunDir) -> None:

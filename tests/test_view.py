@@ -215,7 +215,9 @@ def test_a_game_is_replayed_by_keys(run: RunDir) -> None:
         game = row["games"][0]
         assert board.at == len(board.frames) - 1 == game["moves"]
         assert board.frames[-1].score == game["score"]
-        await press(pilot, "home", "right", "right", "left")
+        await press(pilot, "home", "right", "right")
+        assert board.at == 2
+        await press(pilot, "left")
         assert board.at == 1
         assert board.frames[1].letter == game["letters"][0]
         await press(pilot, "down")
