@@ -83,6 +83,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         "serve",
         "self-check",
         "bench",
+        "compare-attention",
     ],
 )
 def test_every_command_has_a_help(command: str) -> None:
