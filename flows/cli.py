@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 import stages.bench.command
 import stages.report
 import stages.runs
+from flows import prune, view
 from flows.config import differences, overridden, resolved, resumed, shown
 from flows.presets import PRESETS, preset
 from stages.config import RunConfig, UserError
@@ -73,6 +74,14 @@ def parser() -> Parser:
     runs = commands.add_parser("runs", help="list the runs there are")
     stages.runs.add_runs_arguments(runs)
     runs.set_defaults(command=stages.runs.list_runs)
+
+    browse = commands.add_parser("view", help="look at a run in the terminal: groups, tokens, programs, games")
+    view.add_arguments(browse)
+    browse.set_defaults(command=view.view)
+
+    clear = commands.add_parser("prune", help="say what of the runs can go, and delete it with --yes")
+    prune.add_arguments(clear)
+    clear.set_defaults(command=prune.prune)
 
     report = commands.add_parser("report", help="write a run's report as one HTML file")
     stages.report.add_arguments(report)

@@ -26,11 +26,21 @@ from stages.artifacts.parquet import (
     write_parts,
     write_table,
 )
-from stages.config import EvaluateConfig, ExportConfig, RolloutConfig, RunConfig, TrainConfig, UpdateConfig
+from stages.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    UpdateConfig,
+)
 from stages.sandbox.protocol import Outcome, Result
 from stages.tasks import programs, registry, tables
 from stages.tasks.game2048.baselines import BASELINES
 from stages.tasks.game2048.rules import Game
+from stages.tasks.matmul.baselines import BASELINES as PRODUCTS
 
 BROKEN = {
     "syntax_error": ("def strategy(board):\n    best = max(board\n    return 'W'\n", "'(' was never closed (line 2)"),
@@ -42,14 +52,20 @@ BROKEN = {
     "timeout": ("def strategy(board):\n    while True:\n        pass\n", "10 s of CPU are used up"),
     "crash": ("def strategy(board):\n    return 'WASD'[len(board)]\n", "IndexError: string index out of range"),
 }
+WRONG = "def matmul(A, B):\n    return A\n"
+FAMILIES_OF_PRODUCTS = ("three_loops", "columns_each", "columns_once")  # each made out to be twice as fast
 FAMILIES = ("random", "fixed_order", "greedy", "look_ahead")
 POOL = 12  # different games of each family; completions share them, as only their spread matters here
 
 
-def config_of(*, iterations: int, prompts: int, group_size: int, programs: int = 16, every: int = 0) -> RunConfig:
+def config_of(
+    *, iterations: int, prompts: int, group_size: int, programs: int = 16, every: int = 0, task: str = "game2048"
+) -> RunConfig:
     """The configuration of a synthetic run."""
     return RunConfig(
         preset="tiny",
+        task=TaskConfig(name=task),
+        model=ModelConfig(source=str(Path(__file__).parent.parent / "data" / "tiny")),
         train=TrainConfig(iterations=iterations),
         update=UpdateConfig(kl=0.01),
         rollout=RolloutConfig(prompts=prompts, group_size=group_size),
@@ -97,8 +113,8 @@ def rollout(context: StageContext) -> None:
     for group in range(config.rollout.prompts):
         for sample in range(config.rollout.group_size):
             draw = random.Random(f"{i}-{group}-{sample}")
-            text = completion(draw, progress(context))
-            tokens = max(20, round(len(text) / 3.4))
+            text = completion(draw, progress(context), config.task.name)
+            ids = encoded(text)
             rows.append(
                 {
                     "completion_id": f"{i:05d}-{group:03d}-{sample:03d}",
@@ -111,11 +127,11 @@ def rollout(context: StageContext) -> None:
                     "prompt": prompt,
                     "completion": text,
                     "prompt_ids": list(range(100)),
-                    "completion_ids": list(range(tokens)),
-                    "engine_logprobs": noise()[:tokens],
+                    "completion_ids": ids,
+                    "engine_logprobs": noise()[: len(ids)],
                     "finish_reason": "stop" if text.endswith("<|return|>") else "length",
                     "seed": draw.getrandbits(62),
-                    "num_tokens": tokens,
+                    "num_tokens": len(ids),
                 }
             )
     write_parts(context.out, "rollouts", rows, ROLLOUTS)
@@ -138,8 +154,9 @@ def score(context: StageContext) -> None:
                 "reward": verdict.reward,
                 **{f"reward_{name}": value for name, value in verdict.rewards.items()},
                 "program": program,
-                "games": list(verdict.cases),
+                task.cases: list(verdict.cases),
                 "detail": verdict.detail,
+                **checked(str(verdict.outcome), program),
             }
         )
     write_parts(context.out, "scores", judged, tables.scores(task))
@@ -149,13 +166,24 @@ def score(context: StageContext) -> None:
 def update(context: StageContext) -> None:
     i, draw, done = context.stage.index or 0, random.Random(context.stage.index), progress(context)
     scores = read_table(context.input(StageId("score", i)), "scores", columns=["completion_id", "reward"]).to_pylist()
+    lengths = read_table(context.input(StageId("rollout", i)), "rollouts", columns=["num_tokens"])["num_tokens"]
+    means: dict[str, float] = {}
+    for row in scores:
+        group = row["completion_id"][:9]
+        means[group] = means.get(group, 0.0) + row["reward"] / context.config.rollout.group_size
     (context.out / "adapter.safetensors").write_bytes(bytes([i % 256]) * 64)
     write_parts(
         context.out,
         "samples",
         [
-            {"completion_id": row["completion_id"], "advantage": 0.0, "loss_mask": [True], "policy_logprobs": [-0.1]}
-            for row in scores
+            {
+                "completion_id": row["completion_id"],
+                "advantage": row["reward"] - means[row["completion_id"][:9]],
+                "loss_mask": [True] * length,
+                "policy_logprobs": noise()[1 : length + 1],
+                "reference_logprobs": noise()[2 : length + 2],
+            }
+            for row, length in zip(scores, lengths.to_pylist(), strict=True)
         ],
         SAMPLES,
     )
@@ -189,16 +217,18 @@ def evaluate(context: StageContext) -> None:
     rows = []
     for n in range(config.evaluate.programs):
         draw = random.Random(f"{context.stage.index}-{n}")
-        text = completion(draw, progress(context))
+        text = completion(draw, progress(context), config.task.name)
         verdict, program = judge(task, text, draw)
-        rows.append(evaluation("policy", "policy", f"e{context.stage.index:05d}-{n:04d}", text, program, verdict))
-    for name in FAMILIES:
+        rows.append(evaluation(task, "policy", "policy", f"e{context.stage.index:05d}-{n:04d}", text, program, verdict))
+    matmul = config.task.name == "matmul"
+    for name in FAMILIES_OF_PRODUCTS if matmul else FAMILIES:
         for n in range(4):
-            result = ended("ok", pool(name)[n::4])
-            rows.append(evaluation("baseline", name, None, None, BASELINES[name], task.score(result)))
+            program = PRODUCTS[name] if matmul else BASELINES[name]
+            result = products(program, random.Random(n)) if matmul else ended("ok", pool(name)[n::4])
+            rows.append(evaluation(task, "baseline", name, None, None, program, task.score(result)))
     write_parts(context.out, "evaluations", rows, tables.evaluations(task))
     names = dict.fromkeys((row["kind"], row["name"]) for row in rows)
-    sums = [summary(kind, name, [row for row in rows if row["name"] == name]) for kind, name in names]
+    sums = [summary(task, kind, name, [row for row in rows if row["name"] == name]) for kind, name in names]
     write_table(context.out / "summary.parquet", sums, tables.summary(task))
     context.timings += [{"what": "decode", "seconds": 2e-2, "num_tokens": 11000}, {"what": "games", "seconds": 1e-2}]
 
@@ -224,12 +254,15 @@ def progress(context: StageContext) -> float:
     return (context.stage.index or 0) / max(context.config.train.iterations, 1)
 
 
-def completion(draw: random.Random, done: float) -> str:
+def completion(draw: random.Random, done: float, task: str = "game2048") -> str:
     """What a policy that has come so far answers."""
     thought = "<|channel|>analysis<|message|>Merge early, keep the large tiles together.<|end|><|start|>assistant"
     if draw.random() < 0.04 * (1 - done):
         return thought.removesuffix("<|start|>assistant")[: draw.randrange(40, 60)]
-    if draw.random() < 0.45 - 0.35 * done:
+    if task == "matmul":
+        weights = [4 - 3 * done, 3 - 2 * done, 2.0, 0.4 + 5 * done]
+        program = draw.choices([WRONG, *(PRODUCTS[name] for name in FAMILIES_OF_PRODUCTS)], weights)[0]
+    elif draw.random() < 0.45 - 0.35 * done:
         program = BROKEN[draw.choice([*BROKEN])][0]
     else:
         weights = [4 - 3 * done, 3 - 2 * done, 2.0, 0.4 + 5 * done]
@@ -246,6 +279,8 @@ def judge(task: Any, text: str, draw: random.Random) -> tuple[Any, str | None]:
     program = task.extract(text)
     if program is None:
         return task.score(None), None
+    if task.name == "matmul":
+        return task.score(products(program, draw)), program
     for outcome, (broken, detail) in BROKEN.items():
         if program == broken:
             state = "timeout" if outcome == "timeout" else "illegal"
@@ -261,11 +296,51 @@ def ended(outcome: str, games: list[dict[str, Any]], detail: str = "") -> Result
     return Result(job_id="", outcome=Outcome(outcome), detail=detail, cases=tuple(games), cpu_s=0.0, wall_s=0.0)
 
 
+def products(program: str, draw: random.Random) -> Result:
+    """What a sandbox would have said of a program for matmul; its speed is made up."""
+    speed = {WRONG: None, **{PRODUCTS[name]: 2.0**at for at, name in enumerate(FAMILIES_OF_PRODUCTS)}}[program]
+    right = speed is not None
+    cases = [
+        {"seed": 2 * n, "rows": 24, "inner": 30, "columns": 40, "products": 16, "error": 1e-16 if right else 3.5,
+         "speedup": speed * draw.uniform(0.9, 1.1) if right else None, "program_ms": 2.0 / speed if right else None,
+         "baseline_ms": 2.0 if right else None, "state": "right" if right else "wrong", "detail": ""}
+        for n in range(2)
+    ]  # fmt: skip
+    return ended("ok", cases)
+
+
+def checked(outcome: str, program: str | None) -> dict[str, Any]:
+    """What the checks of stages/tasks/checks.py would say: only programs that ran to their end are known."""
+    if outcome != "ok" or program is None:
+        return {}
+    return {
+        "depends_on_board": "board" in program.split("def strategy(board):")[-1] if "strategy" in program else None,
+        "depends_on_calls": "random" in program if "strategy" in program else None,
+        "depends_on_random": "random" in program if "strategy" in program else None,
+        "depends_on_time": False,
+        "state_kept": "",
+    }
+
+
+@functools.cache
+def encoded(text: str) -> list[int]:
+    """The ids of a text in the bundled model's tokenizer."""
+    ids: list[int] = tokenizer().encode(text, add_special_tokens=False).ids
+    return ids
+
+
+@functools.cache
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(Path(__file__).parent.parent / "data" / "tiny" / "tokenizer.json"))
+
+
 @functools.cache
 def noise() -> list[float]:
-    """Logprobs of as many tokens as a completion can have."""
+    """Logprobs of as many tokens as a completion can have, one in ten of them unlikely."""
     draw = random.Random(0)
-    return [-abs(draw.gauss(0, 0.5)) for _ in range(2000)]
+    return [-abs(draw.gauss(0, 0.5)) - 4 * (draw.random() < 0.1) for _ in range(2000)]
 
 
 @functools.cache
@@ -294,10 +369,9 @@ def opening(seed: int) -> dict[str, Any]:
 
 
 def evaluation(
-    kind: str, name: str, completion_id: str | None, text: str | None, program: str | None, verdict: Any
+    task: Any, kind: str, name: str, completion_id: str | None, text: str | None, program: str | None, verdict: Any
 ) -> dict[str, Any]:
     """A row of an evaluation."""
-    games = list(verdict.cases)
     return {
         "kind": kind,
         "name": name,
@@ -306,27 +380,25 @@ def evaluation(
         "program": program,
         "outcome": str(verdict.outcome),
         "syntax_tree": programs.syntax_tree(program) if program else None,
-        "mean_score": sum(game["score"] for game in games) / max(len(games), 1),
-        "win_rate": sum(game["state"] == "won" for game in games) / max(len(games), 1),
-        "games": games,
+        **task.measure(list(verdict.cases)),
+        task.cases: list(verdict.cases),
     }
 
 
-def summary(kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(task: Any, kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A row of the summary; the intervals are those of a normal distribution."""
-    games = [game for row in rows for game in row["games"]]
-    tiles: dict[int, int] = {}
-    for game in games:
-        tiles[game["max_tile"]] = tiles.get(game["max_tile"], 0) + 1
+    games = [game for row in rows for game in row[task.cases]]
     body: dict[str, Any] = {
         "kind": kind,
         "name": name,
         "programs": len(rows),
         "distinct_programs": len({row["syntax_tree"] for row in rows}),
-        "games": len(games),
-        "tiles": [{"tile": tile, "games": tiles[tile]} for tile in sorted(tiles)],
+        task.cases: len(games),
     }
-    for column in ("mean_score", "win_rate"):
+    if task.tally:
+        tiles = [game["max_tile"] for game in games]
+        body["tiles"] = [{"tile": tile, "games": tiles.count(tile)} for tile in sorted(set(tiles))]
+    for column in (figure.name for figure in task.figures):
         values = [row[column] for row in rows]
         mean = sum(values) / len(values)
         error = math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
@@ -339,5 +411,6 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     for option, value in (("iterations", 24), ("prompts", 4), ("group-size", 8), ("programs", 64), ("every", 8)):
         parser.add_argument(f"--{option}", type=int, default=value)
+    parser.add_argument("--task", default="game2048")
     given = vars(parser.parse_args())
     write(given.pop("run"), config_of(**given))

@@ -20,7 +20,7 @@ from tests import small_stages
 from tests.test_flow import Lines
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("pyarrow", "rich", "torch", "prefect", "docker", "numpy", "transformers")
+HEAVY = ("pyarrow", "rich", "torch", "prefect", "docker", "numpy", "transformers", "textual")
 
 
 def flexsink(*words: str, cwd: Path = ROOT, small: bool = False, **extra: str) -> Any:
@@ -74,7 +74,9 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         "resume",
         "plan",
         "inspect",
+        "view",
         "runs",
+        "prune",
         "report",
         "evaluate",
         "export",
@@ -112,6 +114,9 @@ def test_every_command_has_a_help(command: str) -> None:
         (["export", "/nowhere/run", "--out", "/tmp/x"], "/nowhere/run holds no run", ""),
         (["export", "/nowhere/run"], "--out", "flexsink export --help"),
         (["inspect", "/nowhere/run"], "/nowhere/run", ""),
+        (["view", "/nowhere/run"], "/nowhere/run holds no run", "flexsink runs"),
+        (["view", "--size", "big"], "is no size such as 100x32", "flexsink view --help"),
+        (["prune", "/nowhere/run"], "there is no folder /nowhere/run", "flexsink runs"),
         (["bench"], "WHAT", "flexsink bench --help"),
         (["bench", "score", "--games", "0"], "--games is 0", "at least 1"),
     ],

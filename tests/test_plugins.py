@@ -227,7 +227,8 @@ def test_the_example_is_scored_through_the_real_stage_with_its_own_columns(coins
     shown = flexsink(tmp_path, "inspect", str(run.path), "--completion", "00000-000-000")
     assert "00000-000-000" in shown
     assert "DDDDDDDD" in shown
-    assert "depends on board: no, calls: unknown, random: unknown, time: no" in shown
+    for name, answer in (("board  ", "no: "), ("calls  ", "unknown"), ("random ", "unknown"), ("time   ", "no: ")):
+        assert f"depends on {name}{answer}" in shown
     shown = flexsink(tmp_path, "inspect", str(run.path), "--completion", "00000-000-003")
     assert "may keep state between calls: line 4: writes global n" in shown
 

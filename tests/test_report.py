@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +17,20 @@ import pytest
 
 from stages.artifacts import RunDir, StageId
 from stages.artifacts.history import Iteration, PlayedGame
+from stages.artifacts.parquet import read_table
 from stages.config import UserError
 from stages.report import write_report
+from stages.report.achieved import BINS, cases_of
 from stages.report.charts import Curve, line_chart, nice_ticks, stacked_bars, tick_text
+from stages.report.checks import chips, dependence, share
 from stages.report.collect import collect
-from stages.report.contents import Contents, Game, Player, Program, Share, Words
+from stages.report.contents import Achieved, Contents, Game, Player, Program, Share, Words
 from stages.report.figures import duration, fixed, number, percent, percents, size
 from stages.report.highlight import python_to_html
 from stages.report.page import render
 from stages.report.replay import CELLS, EXPONENTS, ReplayError, replay
 from stages.report.verdict import reward_ends, verdict
+from stages.tasks import registry
 from tests import chromium, synthetic_run
 
 CONFIG = synthetic_run.config_of(iterations=6, prompts=2, group_size=8, programs=8, every=3)
@@ -152,6 +157,7 @@ def test_the_labels_of_an_axis_have_the_same_decimals() -> None:
     assert [tick_text(tick, 0.25) for tick in (1.5, 1.75, 2.0)] == ["1.50", "1.75", "2.00"]
     assert [tick_text(tick, 1000.0) for tick in (0.0, 1000.0, 12000.0)] == ["0", "1\u202f000", "12\u202f000"]
     assert [tick_text(tick, 0.5) for tick in (-0.5, 0.0)] == ["\u22120.5", "0.0"]
+    assert tick_text(0.9, 1.0 - 0.9) == "0.9"  # which is 0.09999999999999998
     assert [tick_text(tick, 1e-6) for tick in (0.0, 2e-6)] == ["0", "2.0e\u22126"]
 
 
@@ -162,6 +168,14 @@ def test_a_line_goes_through_its_values_and_keeps_its_gaps() -> None:
     assert paths == ["M46 110L71 60", "M121 10L146 10"]
     tips = json.loads(html.unescape(re.findall(r'data-tips="([^"]*)"', drawn)[0]))
     assert tips[1:4] == ["Iteration 1: 5", "Iteration 2: \u2013", "Iteration 3: 10"]
+
+
+def test_a_share_is_told_in_per_cent_on_a_scale_that_ends_at_one() -> None:
+    drawn = line_chart(Curve("x", [0.5, 1.0]), width=158, height=136, label="l", from_zero=True, percents=True)
+    assert re.findall(r'class="line" d="([^"]*)"', drawn) == ["M46 60L146 10"]
+    assert re.findall(r'text-anchor="end">([^<]*)<', drawn)[-1] == "100%"
+    tips = json.loads(html.unescape(re.findall(r'data-tips="([^"]*)"', drawn)[0]))
+    assert tips == ["Iteration 0: 50\u202f%", "Iteration 1: 100\u202f%"]
 
 
 def test_stacked_bars_have_heights_in_proportion() -> None:
@@ -292,6 +306,80 @@ def test_the_page_says_what_an_export_kept(page: Path) -> None:
     ]
 
 
+def test_what_training_achieved_is_summed_up_as_by_hand(run: RunDir) -> None:
+    task = registry.of(CONFIG)
+    score, wins = collect(run.path).achieved
+    assert (score.title, score.share, wins.share) == ("mean score", False, True)
+    for i in range(6):
+        rows = read_table(run.folder(StageId("score", i)), "scores").to_pylist()
+        points = [statistics.fmean(game["score"] for game in row["games"]) if row["games"] else 0.0 for row in rows]
+        won = [statistics.fmean(game["state"] == "won" for game in row["games"]) if row["games"] else 0 for row in rows]
+        assert score.mean[i] == pytest.approx(statistics.fmean(points))
+        low, _, high = statistics.quantiles(points, n=4, method="inclusive")
+        assert (score.low[i], score.high[i]) == pytest.approx((low, high))
+        assert wins.mean[i] == pytest.approx(statistics.fmean(won))
+        read = cases_of(run, i, task)
+        assert [len(cases) for cases in read] == [len(row["games"] or []) for row in rows]
+        assert all("letters" not in case for cases in read for case in cases)
+
+
+@pytest.fixture(scope="module")
+def matmul(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    config = synthetic_run.config_of(iterations=3, prompts=2, group_size=6, programs=8, task="matmul")
+    return synthetic_run.write(tmp_path_factory.mktemp("report") / "matmul", config)
+
+
+def test_speed_ups_of_held_out_programs_are_counted_in_bins(matmul: RunDir) -> None:
+    rows = read_table(matmul.folder(StageId("evaluate", 3)), "evaluations").to_pylist()
+    after = collect(matmul.path).after
+    assert after
+    ends = dict(zip(BINS[1:], ((0, 0.5), (0.5, 1), (1, 2), (2, 4), (4, 8), (8, 1e9)), strict=True))
+    policy = [row for row in rows if row["kind"] == "policy"]
+    right = [row for row in policy if {case["state"] for case in row["cases"]} == {"right"}]
+    expected = {"wrong": len(policy) - len(right)}
+    for name, (low, high) in ends.items():
+        means = [statistics.fmean(case["speedup"] for case in row["cases"]) for row in right]
+        expected[name] = sum(low <= mean < high for mean in means)
+    assert after.tiles == {name: count for name, count in expected.items() if count}
+
+
+@browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_another_task_speaks_its_words_and_fits_its_screen(matmul: RunDir, width: int) -> None:
+    page = write_report(matmul.path)
+    text = page.read_text(encoding="utf-8")
+    for told in ("Speed-up of a program", "cases it never saw", "program ms", "<h3>Right</h3>"):
+        assert told in text
+    assert "Largest tile" not in text
+    assert "A game, move by move" not in text
+    with chromium.Chromium(width=width, height=844) as tab:
+        tab.open(page)
+        assert tab.complaints == []
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_checks_are_shares_of_the_programs_of_which_they_are_known() -> None:
+    counts = {"yes": 6, "no": 2, "unknown": 4}
+    row = replace(iteration(0, 1.0), checks={"depends_on_board": counts, "depends_on_calls": {**counts, "unknown": 0}})
+    assert share(row, "depends_on_board", "no") == 0.25
+    assert share(row, "depends_on_time", "yes") is None
+    base = contents(rewards=(0.0, 1.0))
+    assert dependence(base) == ""
+    text = dependence(replace(base, iterations=[row, row]))
+    assert text.count("<svg") == 2
+    assert "from 25\u202f% to 25\u202f%" in text
+    assert "<td>2 <small>of 8</small></td><td>4</td>" in text
+
+
+def test_the_checks_of_a_program_are_shown_with_it(page: Path, run: RunDir) -> None:
+    text = page.read_text(encoding="utf-8")
+    best = collect(run.path).best[0]
+    assert best.checks["depends_on_board"] is True
+    assert '<span class="chip">board: yes</span>' in text
+    assert '<span class="chip odd">' not in chips(replace(best, checks={"depends_on_board": None}))
+    assert '<span class="chip odd">board: no</span>' in chips(replace(best, checks={"depends_on_board": False}))
+
+
 def test_best_and_worst_are_the_highest_and_lowest_rewards_of_different_programs(run: RunDir) -> None:
     shown = collect(run.path)
     rows = [
@@ -322,9 +410,15 @@ HOSTILE = "</pre></script><script>window.owned=1</script><img src=x onerror='win
 def hostile() -> Contents:
     """A report every text of which tries to be markup."""
     record = replay(PlayedGame(**synthetic_run.played("random", 3)), size=4, target=2048)
-    bad = Program(HOSTILE, 1.0, {HOSTILE: 1.0}, "crash", HOSTILE, HOSTILE, HOSTILE)
+    bad = Program(HOSTILE, 1.0, {HOSTILE: 1.0}, "crash", HOSTILE, HOSTILE, HOSTILE,
+                  {"depends_on_board": False, HOSTILE: True}, HOSTILE, [[HOSTILE], [HOSTILE]])  # fmt: skip
     base = contents(before=replace(UNTRAINED, label=HOSTILE), after=TRAINED, rewards=(0.0, 1.0))
     games = [Game(HOSTILE, HOSTILE, replace(record, state=HOSTILE), HOSTILE)]
+    counts = {"yes": 1, "no": 1, "unknown": 0}
+    rows = [replace(row, parts={HOSTILE: 1.0, "x": 2.0}, checks={"state_kept": counts}) for row in base.iterations]
+    done = [Achieved(HOSTILE, HOSTILE, share, [0.5, 1.0], [], []) for share in (True, False)]
+    words = replace(WORDS, tally=HOSTILE, tally_note=HOSTILE, tallied=HOSTILE)
+    base = replace(base, iterations=rows, achieved=done, words=words)
     return replace(base, name=HOSTILE, task=HOSTILE, model=HOSTILE, best=[bad], worst=[bad], games=games,
                    config={HOSTILE: HOSTILE}, environment={HOSTILE: HOSTILE})  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Inspecting and listing runs, against sums written out by hand and against the rows in the files."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -157,6 +158,118 @@ def test_filters_keep_what_they_name(run: RunDir, capsys: pytest.CaptureFixture[
     assert "No completion matches." in printed(run, capsys, "--min-reward", "99")
 
 
+def test_checks_and_texts_are_filters_too(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = [row for i in range(3) for row in history.completions(run, i).to_pylist()]
+    for words, kept in (
+        (("--check", "depends_on_random=yes"), lambda row: row["depends_on_random"] is True),
+        (("--check", "depends_on_board=unknown"), lambda row: row["depends_on_board"] is None),
+        (
+            ("--check", "depends_on_calls=no", "--check", "state_kept=no"),
+            lambda row: row["depends_on_calls"] is False and row["state_kept"] == "",
+        ),
+        (("--contains", "import random"), lambda row: "import random" in (row["program"] or "")),
+        (("--max-reward", "0"), lambda row: row["reward"] <= 0),
+    ):
+        found = {row["completion_id"] for row in answer(run, capsys, *words, "--top", "999")["completions"]}
+        assert found == {row["completion_id"] for row in everything if kept(row)}
+        assert 0 < len(found) < len(everything)
+
+
+def test_checks_of_programs_that_ended_well_are_counted(run: RunDir) -> None:
+    for i in range(3):
+        rows = [row for row in history.completions(run, i).to_pylist() if row["outcome"] == "ok"]
+        seen = history.summed_up(run, i)
+        assert seen.checks["depends_on_random"] == {
+            "yes": sum(row["depends_on_random"] is True for row in rows),
+            "no": sum(row["depends_on_random"] is False for row in rows),
+            "unknown": sum(row["depends_on_random"] is None for row in rows),
+        }
+        assert seen.checks["state_kept"]["yes"] == 0
+        everyone = history.completions(run, i).to_pylist()
+        assert seen.parts["strategy"] == pytest.approx(sum(row["reward_strategy"] for row in everyone) / len(everyone))
+
+
+def test_a_state_that_may_be_kept_counts_as_yes(tmp_path: Path) -> None:
+    def score(context: StageContext) -> None:
+        rows = read_table(context.input(StageId("rollout", 0)), "rollouts").to_pylist()
+        kept = ["line 2: writes global n", "", None, ""]
+        scores = [
+            {
+                "completion_id": row["completion_id"],
+                "outcome": "ok",
+                "reward": 0.0,
+                "reward_works": 0.0,
+                "state_kept": each,
+            }
+            for row, each in zip(rows, kept, strict=True)
+        ]
+        write_parts(context.out, "scores", scores, scores_schema(["works"]))
+
+    config = synthetic_run.config_of(iterations=1, prompts=1, group_size=4)
+    run = synthetic_run.write(tmp_path / "kept", config, upto=StageId("score", 0), score=score)
+    assert history.summed_up(run, 0).checks["state_kept"] == {"yes": 1, "no": 2, "unknown": 1}
+
+
+def test_tables_fit_a_narrow_terminal(run: RunDir) -> None:
+    from rich.console import Console
+
+    from stages.runs import show, tables
+
+    rows = [dataclasses.asdict(history.summed_up(run, i)) for i in range(3)]
+    for width in (80, 130):
+        out = Console(width=width, record=True, file=io.StringIO())
+        out.print(tables.iterations(rows, width=width))
+        out.print(tables.groups(show.groups(run, 1), width=width))
+        text = out.export_text()
+        assert "\u2026" not in text  # nothing is cut short
+        assert f"{rows[0]['reward']:.2f} \u00b1{rows[0]['reward_error']:.2f}" in text
+
+
+def test_an_iteration_says_what_its_programs_depend_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in history.completions(run, 1).to_pylist() if row["outcome"] == "ok"]
+    drawn = [row["depends_on_random"] for row in rows if row["depends_on_random"] is not None]
+    assert f"{sum(drawn)} of {len(drawn)} draw lots" in printed(run, capsys, "--iteration", "1")
+
+
+def test_two_iterations_are_compared_as_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def score(context: StageContext) -> None:
+        worth = [0.0, 2.0, 1.0, 1.0] if context.stage.index == 0 else [5.0, 5.0, 3.0, 7.0]
+        ends = ["ok", "ok", "cheat", "ok"] if context.stage.index == 0 else ["ok"] * 4
+        programs = ["a\nb\n", "a\nc\n", "z\n", "a\nb\n"] if context.stage.index == 0 else ["a\nb\n"] * 3 + ["a\nd\n"]
+        rows = read_table(context.input(StageId("rollout", context.stage.index)), "rollouts").to_pylist()
+        scores = [
+            {"completion_id": row["completion_id"], "outcome": end, "reward": each, "reward_works": each,
+             "program": program}
+            for row, each, end, program in zip(rows, worth, ends, programs, strict=True)
+        ]  # fmt: skip
+        write_parts(context.out, "scores", scores, scores_schema(["works"]))
+
+    config = synthetic_run.config_of(iterations=2, prompts=2, group_size=2)
+    run = synthetic_run.write(tmp_path / "pair", config, upto=StageId("score", 1), score=score)
+    seen = answer(run, capsys, "--diff", "0", "1")["diff"]
+    # Group means 1, 1 and 5, 5: both standard errors are 0, so there is nothing to divide by.
+    assert seen["reward"] == {"from": 1.0, "to": 5.0, "change": 4.0, "standard_errors": None}
+    figures = {row["name"]: (row["from"], row["to"], row["change"]) for row in seen["figures"]}
+    assert figures["share: ok"] == (0.75, 1.0, 0.25)
+    assert figures["share: cheat"] == (0.25, 0.0, -0.25)
+    assert figures["reward: works"] == (1.0, 5.0, 4.0)
+    assert figures["spread inside a group"] == (0.5, 1.0, 0.5)  # population deviations 1, 0 and 0, 2
+    assert seen["programs"] == {"from": 3, "to": 2, "common": 1}
+    assert (seen["best"]["from"], seen["best"]["to"]) == ("00000-000-001", "00001-001-001")
+    assert [line for line in seen["best"]["diff"].splitlines() if line[0] in "+-"][2:] == ["-c", "+d"]
+    assert "iteration 0 -> 1" in printed(run, capsys, "--diff", "0", "1")
+
+
+def test_tokens_of_a_completion_are_told_with_their_logprobs(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    row = history.completions(run, 0).to_pylist()[0]
+    seen = answer(run, capsys, "--completion", row["completion_id"], "--tokens")["tokens"]
+    assert [token["id"] for token in seen] == row["completion_ids"]
+    assert "".join(token["text"] for token in seen) == row["completion"]
+    assert [token["engine"] for token in seen] == row["engine_logprobs"]
+    text = printed(run, capsys, "--completion", row["completion_id"], "--tokens")
+    assert f"{row['engine_logprobs'][1]:.4f}" in text
+
+
 def test_one_completion_shows_prompt_answer_program_and_games(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     best = answer(run, capsys, "--top", "1")["completions"][0]
     text = printed(run, capsys, "--completion", best["completion_id"])
@@ -183,6 +296,10 @@ def test_one_completion_of_an_evaluation_is_found_by_its_id(run: RunDir, capsys:
         (("--outcome", "cheet"), "cheet"),
         (("--completion", "00001-009-001"), "has no completion 00001-009-001"),
         (("--completion", "abc"), "'abc' is no completion"),
+        (("--check", "depends_on_bord=no"), "unknown check 'depends_on_bord'"),
+        (("--check", "depends_on_board"), "is no answer"),
+        (("--tokens",), "--tokens is of one completion"),
+        (("--diff", "0", "9"), "iteration 9 of .* has no scores"),
         (("--completion", "e00001-0001"), "no evaluation after 1 updates"),
         (("--completion", "e00003-9999"), "no completion e00003-9999"),
     ],

@@ -5,7 +5,7 @@ page that is read is checked; a damaged file is the UserError of `read_table`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import pyarrow.compute as pc
 
 from stages.artifacts.keys import STAGES
 from stages.artifacts.manifest import NAME, TIMINGS
-from stages.artifacts.parquet import METRICS, ROLLOUTS, SCORES, SUMMARY, part_paths, read_part, read_table
+from stages.artifacts.parquet import METRICS, ROLLOUTS, SCORES, SUMMARY, part_paths, read_part, read_schema, read_table
 from stages.artifacts.parquet import TIMINGS as TIMINGS_SCHEMA
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
 from stages.config import UserError
 
-FIGURES = ("group_index", "reward", "outcome", "num_tokens", "finish_reason")
+CHECKS = tuple(SCORES.names[SCORES.get_field_index("detail") + 1 :])  # stages/tasks/checks.py
+FIGURES = ("group_index", "reward", "outcome", "num_tokens", "finish_reason", *CHECKS)
 COUNTED = ("iteration", "step", "tokens", "zero_signal_groups")  # of the metrics: not to be averaged over steps
 
 
@@ -34,6 +35,9 @@ class Iteration:
     silent_groups: groups whose rewards are all equal, which teach nothing
     truncated: share of completions that ran into max_new_tokens
     metrics: means over the iteration's optimizer steps; empty while the update has not finished
+    parts: the mean of each reward function, by its name without reward_
+    checks: for each of CHECKS how many of the programs that ended ok are {"yes": 3, "no": 40, "unknown": 5};
+        state_kept is yes where it names something
     """
 
     index: int
@@ -51,6 +55,8 @@ class Iteration:
     tokens_high: float
     truncated: float
     metrics: dict[str, float]
+    parts: dict[str, float] = field(default_factory=dict)
+    checks: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ def scored(run: RunDir) -> list[int]:
 
 
 def summed_up(run: RunDir, iteration: int, *, table: Any = None) -> Iteration:
-    """One scored iteration in figures; `table` is its `completions` with at least FIGURES, read here when not given."""
-    table = completions(run, iteration, FIGURES) if table is None else table
+    """One scored iteration in figures; `table` is what `figures` gives of it, read here when not given."""
+    table = figures(run, iteration) if table is None else table
     groups = table.group_by("group_index").aggregate(
         [("reward", "mean"), ("reward", "stddev"), ("reward", "min"), ("reward", "max")]
     )
@@ -110,7 +116,20 @@ def summed_up(run: RunDir, iteration: int, *, table: Any = None) -> Iteration:
         tokens_high=tokens_high,
         truncated=pc.mean(pc.equal(table["finish_reason"], "length").cast(pa.float64())).as_py(),
         metrics=_metrics(run, iteration),
+        parts={
+            name.removeprefix("reward_"): pc.mean(table[name]).as_py()
+            for name in table.column_names
+            if name.startswith("reward_")
+        },
+        checks=_checks(table),
     )
+
+
+def figures(run: RunDir, iteration: int) -> Any:
+    """The iteration's `completions` with FIGURES and a column for each reward function: no column of texts."""
+    paths = part_paths(run.folder(StageId("score", iteration)), "scores")
+    names = read_schema(paths[0]).names if paths else []
+    return completions(run, iteration, [*FIGURES, *(name for name in names if name.startswith("reward_"))])
 
 
 def completions(run: RunDir, iteration: int, columns: Sequence[str] | None = None) -> Any:
@@ -181,6 +200,18 @@ def timings(run: RunDir) -> Iterator[tuple[StageId, list[dict[str, Any]]]]:
         folder = run.folder(stage)
         if (folder / TIMINGS).is_file():
             yield stage, read_table(folder, "timings", TIMINGS_SCHEMA).to_pylist()
+
+
+def _checks(table: Any) -> dict[str, dict[str, int]]:
+    ended = table.filter(pc.equal(table["outcome"], "ok"))
+    found = {}
+    for name in CHECKS:
+        answers = ended[name]
+        if name == "state_kept":
+            answers = pc.not_equal(answers, "")
+        yes, unknown = pc.sum(answers).as_py() or 0, answers.null_count
+        found[name] = {"yes": yes, "no": len(answers) - unknown - yes, "unknown": unknown}
+    return found
 
 
 def _metrics(run: RunDir, iteration: int) -> dict[str, float]:

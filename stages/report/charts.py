@@ -9,10 +9,10 @@ fits, because text in a scaled drawing does not stay readable on a phone.
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.report.figures import number
+from stages.report.figures import number, percent
 
 Values = Sequence[float | None]
 
@@ -61,21 +61,33 @@ class Frame:
 
 
 def line_chart(
-    curve: Curve, *, width: int, height: int, label: str, from_zero: bool = False, joined: bool = False
+    curve: Curve,
+    *,
+    width: int,
+    height: int,
+    label: str,
+    from_zero: bool = False,
+    joined: bool = False,
+    percents: bool = False,
 ) -> str:
-    """A line over iterations, with its band. Gaps stay gaps unless `joined`, which also marks each value by a dot."""
+    """A line over iterations, with its band. Gaps stay gaps unless `joined`, which also marks each value by a dot.
+
+    percents: the values are shares, told in per cent, and the scale goes no further than 0 to 1
+    """
     frame = Frame(width, height)
     known = [v for v in (*curve.ys, *curve.low, *curve.high) if v is not None]
     ticks = nice_ticks(
         min([*known, 0.0] if from_zero else known, default=0.0), max(known, default=1.0), count=max(2, height // 60)
     )
+    if percents:
+        ticks = [tick for tick in ticks if tick <= 1.0]
     bottom, span = ticks[0], (ticks[-1] - ticks[0]) or 1.0
     last = max(len(curve.ys) - 1, 1)
 
     def point(index: int, value: float) -> tuple[float, float]:
         return frame.x(index / last), frame.y((value - bottom) / span)
 
-    parts = [_grid(frame, ticks, bottom, span), _iterations(frame, len(curve.ys))]
+    parts = [_grid(frame, ticks, bottom, span, shares=percents), _iterations(frame, len(curve.ys))]
     if curve.low:
         for run in _runs(curve.low, joined=joined):
             upper = [point(i, v) for i in run if (v := curve.high[i]) is not None]
@@ -87,7 +99,7 @@ def line_chart(
             parts.append(f'<path class="line" d="{_path(points)}"/>')
         dots = points if joined or len(points) == 1 else points[-1:] if run[-1] == len(curve.ys) - 1 else []
         parts += [f'<circle class="dot" cx="{x}" cy="{y}" r="3.5"/>' for x, y in dots]
-    tips = [_tip(curve, i) for i in range(len(curve.ys))]
+    tips = [_tip(curve, i, told=percent if percents else number) for i in range(len(curve.ys))]
     return _svg(frame, parts, label, tips)
 
 
@@ -97,7 +109,7 @@ def stacked_bars(rows: Sequence[dict[str, int]], order: Sequence[str], *, width:
     step = (frame.width - frame.left - frame.right) / max(len(rows), 1)
     gap = min(2.0, step * 0.2)
     parts = [
-        _grid(frame, [0.0, 0.25, 0.5, 0.75, 1.0], 0.0, 1.0, percent=True),
+        _grid(frame, [0.0, 0.25, 0.5, 0.75, 1.0], 0.0, 1.0, shares=True),
         _iterations(frame, len(rows), centred=True),
     ]
     tips = []
@@ -142,7 +154,16 @@ def interval_chart(rows: Sequence[Interval], *, width: int, label: str) -> str:
     return _svg(frame, parts, label, [])
 
 
-def tile_bars(shares: dict[int, float], tiles: Sequence[int], *, width: int, peak: float, tone: str, label: str) -> str:
+def tile_bars(
+    shares: Mapping[int | str, float],
+    tiles: Sequence[int | str],
+    *,
+    width: int,
+    peak: float,
+    tone: str,
+    label: str,
+    of: str = "games",
+) -> str:
     """The share of games that ended with each largest tile, as bars over `tiles`; `peak` is the scale's top."""
     frame = Frame(width, 92, left=4, right=4, top=18, bottom=20)
     step = (frame.width - frame.left - frame.right) / max(len(tiles), 1)
@@ -155,12 +176,15 @@ def tile_bars(shares: dict[int, float], tiles: Sequence[int], *, width: int, pea
         if share > 0:
             top = frame.y(share / peak)
             parts.append(
-                f'<g><title>{tile}: {100 * share:.1f} % of games</title><rect class="{tone}" '
+                f'<g><title>{html.escape(str(tile))}: {100 * share:.1f} % of {of}</title><rect class="{tone}" '
                 f'x="{middle - step * 0.38:.2f}" y="{top}" width="{step * 0.76:.2f}" '
                 f'height="{frame.y(0) - top:.2f}" rx="2"/></g>'
                 f'<text class="tick" x="{middle:.2f}" y="{top - 4}" text-anchor="middle">{_share(share)}</text>'
             )
-        parts.append(f'<text class="tick" x="{middle:.2f}" y="{frame.height - 6}" text-anchor="middle">{tile}</text>')
+        parts.append(
+            f'<text class="tick" x="{middle:.2f}" y="{frame.height - 6}" text-anchor="middle">'
+            f"{html.escape(str(tile))}</text>"
+        )
     return _svg(frame, parts, label, [])
 
 
@@ -180,6 +204,7 @@ def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
 
 def tick_text(tick: float, step: float) -> str:
     """A tick's label; all labels of an axis get the decimals that its step needs."""
+    step = float(f"{step:.9g}")  # 1.0 - 0.9 is 0.09999999999999998
     if abs(tick) >= 1000 or step < 0.0005:
         return number(tick)
     decimals = next(count for count in range(12) if round(step, count) == step or count == 11)
@@ -190,10 +215,11 @@ def _share(share: float) -> str:
     return f"{100 * share:.0f}%" if share >= 0.01 else "<1%"
 
 
-def _tip(curve: Curve, i: int) -> str:
-    text = f"{curve.axis} {i}: {number(curve.ys[i])}"
+def _tip(curve: Curve, i: int, *, told: Callable[..., str] = number) -> str:
+    value = curve.ys[i]
+    text = f"{curve.axis} {i}: {number(None) if value is None else told(value)}"
     if curve.low and curve.low[i] is not None:
-        text += f" ({number(curve.low[i])} to {number(curve.high[i])})"
+        text += f" ({told(curve.low[i])} to {told(curve.high[i])})"
     return text
 
 
@@ -214,11 +240,11 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
 
 
-def _grid(frame: Frame, ticks: Sequence[float], bottom: float, span: float, *, percent: bool = False) -> str:
+def _grid(frame: Frame, ticks: Sequence[float], bottom: float, span: float, *, shares: bool = False) -> str:
     parts = []
     for tick in ticks:
         y = frame.y((tick - bottom) / span)
-        text = f"{100 * tick:.0f}%" if percent else tick_text(tick, ticks[1] - ticks[0])
+        text = f"{100 * tick:.3g}%" if shares else tick_text(tick, ticks[1] - ticks[0])
         parts.append(
             f'<line class="grid" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y}" y2="{y}"/>'
             f'<text class="tick" x="{frame.left - 8}" y="{y + 3.5}" text-anchor="end">{text}</text>'

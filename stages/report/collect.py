@@ -2,6 +2,7 @@
 
 import heapq
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,23 @@ from stages.artifacts.history import PlayedGame
 from stages.artifacts.parquet import EVALUATIONS, read_table
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
+from stages.report.achieved import BINS, achieved, speeds
 from stages.report.contents import Contents, Cost, Export, Game, Player, Program, Share, Words
+from stages.report.figures import number
 from stages.report.replay import ReplayError, replay
 from stages.tasks import registry
 from stages.tasks.base import Figure, Task
 from stages.tasks.game2048.task import Game2048
+from stages.tasks.matmul.task import Matmul
 
 SHOWN = 3  # programs in each column of the gallery
+CASES = 8  # rows of a program's table of cases
+SPEED_WORDS: dict[str, Any] = {
+    "tally": "Speed-up of a program",
+    "tally_note": "Times the speed of three loops; share of programs. Wrong is any that is not right on every product.",
+    "tallied": "programs",
+    "bins": BINS,
+}
 LOOKED_AT = 24  # completions with the highest rewards whose texts are read to find SHOWN different programs
 
 
@@ -25,8 +36,9 @@ def collect(path: Path) -> Contents:
     run = RunDir.open(path)
     config = run.config()
     task = registry.of(config)
-    tables = {i: history.completions(run, i, history.FIGURES) for i in history.scored(run)}
+    tables = {i: history.figures(run, i) for i in history.scored(run)}
     summaries = history.evaluated(run)
+    tallies = {updates: _speeds(run, updates, task) for updates in summaries} if isinstance(task, Matmul) else {}
     best, worst = _programs(run, list(tables.values()), task)
     return Contents(
         name=path.resolve().name,
@@ -38,15 +50,26 @@ def collect(path: Path) -> Contents:
             met=task.met,
             score=task.figures[0].title,
             shares=[(each.title, each.short or each.title) for each in _shares(task)],
+            **(SPEED_WORDS if isinstance(task, Matmul) else {}),
         ),
         model=config.model.source,
         preset=f"preset {config.preset}",
         planned_iterations=config.train.iterations,
         iterations=[history.summed_up(run, i, table=table) for i, table in tables.items()],
-        policies=[_player(row, updates, task) for updates, rows in summaries.items() for row in _of(rows, "policy")],
-        baselines=[_player(row, None, task) for row in _of(summaries[max(summaries)], "baseline")] if summaries else [],
+        policies=[
+            _player(row, updates, task, tallies.get(updates, {}))
+            for updates, rows in summaries.items()
+            for row in _of(rows, "policy")
+        ],
+        baselines=[
+            _player(row, None, task, tallies.get(max(summaries), {}))
+            for row in _of(summaries[max(summaries)], "baseline")
+        ]
+        if summaries
+        else [],
         best=best,
         worst=worst,
+        achieved=achieved(run, tables, task),
         games=_games(run, task, sorted(summaries)) if isinstance(task, Game2048) else [],
         costs=_costs(run),
         exports=_exports(run),
@@ -63,7 +86,18 @@ def _of(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
-def _player(row: dict[str, Any], updates: int | None, task: Task) -> Player:
+def _speeds(run: RunDir, updates: int, task: Matmul) -> dict[tuple[str, str], dict[int | str, int]]:
+    """The speed-ups of an evaluation's programs, counted for each player by kind and name."""
+    columns = ["kind", "name", task.cases]
+    players: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in read_table(run.folder(StageId("evaluate", updates)), "evaluations", columns=columns).to_pylist():
+        players.setdefault((row["kind"], row["name"]), []).append(row)
+    return {player: speeds(rows, task) for player, rows in players.items()}
+
+
+def _player(
+    row: dict[str, Any], updates: int | None, task: Task, counted: Mapping[tuple[str, str], Mapping[int | str, int]]
+) -> Player:
     label = row["name"].replace("_", " ") if updates is None else f"after {updates} updates" if updates else "untrained"
     first, tally = task.figures[0].name, task.tally
     return Player(
@@ -76,7 +110,9 @@ def _player(row: dict[str, Any], updates: int | None, task: Task) -> Player:
         score_low=row[f"{first}_low"],
         score_high=row[f"{first}_high"],
         shares=[Share(*(row[each.name + end] for end in ("", "_low", "_high"))) for each in _shares(task)],
-        tiles={entry[tally.value]: entry[task.cases] for entry in row[tally.name] or []} if tally else {},
+        tiles={entry[tally.value]: entry[task.cases] for entry in row[tally.name] or []}
+        if tally
+        else dict(counted.get((row["kind"], row["name"]), {})),
     )
 
 
@@ -109,7 +145,24 @@ def _program(row: dict[str, Any], task: Task) -> Program:
         detail=row["detail"] or "",
         source=row["program"],
         results=task.describe(cases) if cases else "",
+        checks={name: row.get(name) for name in history.CHECKS if name != "state_kept"},
+        state_kept=row.get("state_kept") or "",
+        cases=_table(cases, task) if cases and not task.recording else [],
     )
+
+
+def _table(cases: list[dict[str, Any]], task: Task) -> list[list[str]]:
+    """Heads and rows of a table of cases; of many cases the first."""
+    names = [name for name in task.case_columns if name != "seed" and any(case.get(name) is not None for case in cases)]
+    rows = [[cell(case[name]) for name in names] for case in cases[:CASES]]
+    return [[name.replace("_", " ") for name in names], *rows]
+
+
+def cell(value: Any) -> str:
+    """A case's value as people read it."""
+    if isinstance(value, float):
+        return number(value)
+    return "" if value is None else str(value).replace("_", " ")
 
 
 def _games(run: RunDir, task: Game2048, evaluations: list[int]) -> list[Game]:

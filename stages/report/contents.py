@@ -1,5 +1,6 @@
 """What a report shows, as plain records: collect.py fills them from a run, the sections draw them, tests make them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class Player:
 
     updates: how many updates the policy has had; None for a baseline
     cases: on how many it was judged; score: the task's first figure; shares: its others
-    tiles: largest tile -> number of games that ended with it, where the task has such a histogram
+    tiles: largest tile -> number of games that ended with it, or another histogram that Words names; empty without one
     Example: Player(label="greedy", updates=None, programs=1, distinct_programs=1, cases=64, score=2900.0, ...)
     """
 
@@ -35,7 +36,7 @@ class Player:
     score_low: float
     score_high: float
     shares: list[Share]
-    tiles: dict[int, int]
+    tiles: Mapping[int | str, int]
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,34 @@ class Words:
     met: str
     score: str
     shares: list[tuple[str, str]]
+    tally: str = "Largest tile of a game"
+    tally_note: str = "Share of games that ended with it."
+    tallied: str = "games"
+    bins: tuple[str, ...] = ()  # of the histogram, in order; the numbers there are, where it is empty
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """One figure of the task over the iterations of training; low and high are quartiles, empty for a share.
+
+    Example: Achieved("speed-up", "times three loops", share=False, mean=[0.8, 1.3], low=[0.0, 1.1], high=[1.2, 1.6])
+    """
+
+    title: str
+    unit: str
+    share: bool
+    mean: list[float | None]
+    low: list[float | None]
+    high: list[float | None]
 
 
 @dataclass(frozen=True)
 class Program:
-    """One judged completion with its program, for the gallery of best and worst; results: its cases in one line."""
+    """One judged completion with its program, for the gallery of best and worst.
+
+    results: its cases in one line; checks: what its answers depend on, None where it is unknown; state_kept: what it
+    may keep between calls; cases: heads and rows of a table of its cases, where the task records no moves to replay
+    """
 
     completion_id: str
     reward: float
@@ -64,6 +88,9 @@ class Program:
     detail: str
     source: str | None
     results: str
+    checks: dict[str, bool | None] = field(default_factory=dict)
+    state_kept: str = ""
+    cases: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,6 +150,7 @@ class Contents:
     best: list[Program] = field(default_factory=list)
     worst: list[Program] = field(default_factory=list)
     games: list[Game] = field(default_factory=list)
+    achieved: list[Achieved] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     exports: list[Export] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from html import escape
 
 from stages.report.charts import Curve, Interval, interval_chart, line_chart, tile_bars
-from stages.report.contents import Contents, Game, Player, Program
+from stages.report.checks import chips
+from stages.report.contents import Achieved, Contents, Game, Player, Program
 from stages.report.figures import capital, fixed, number, percent, percents, words
 from stages.report.highlight import python_to_html
 from stages.report.layout import card, in_halves, section, table
@@ -37,6 +38,33 @@ def held_out(contents: Contents) -> str:
         f"{_histograms(contents, players)}</div>"
         f"{_evaluations(contents)}",
     )
+
+
+def in_training(contents: Contents) -> str:
+    """The task's own figures of the programs of training, iteration by iteration."""
+    shown = [each for each in contents.achieved if any(value is not None for value in each.mean)]
+    if not shown:
+        return ""
+    cards = "".join(_achieved(each) for each in shown)
+    return section(
+        "What the programs of training achieved",
+        f"Means over the completions of an iteration, on its own {contents.words.cases}; "
+        "a completion without a program that works counts as 0.",
+        f'<div class="pair">{cards}</div>',
+    )
+
+
+def _achieved(figure: Achieved) -> str:
+    curve = Curve(figure.title, figure.mean, figure.low, figure.high)
+    known = [value for value in figure.mean if value is not None]
+    told = percent if figure.share else number
+    label = f"{capital(figure.title)} per iteration, from {told(known[0])} to {told(known[-1])}"
+    note = capital(figure.unit) + ("." if figure.share else "; the band holds the middle half.")
+
+    def draw(width: int) -> str:
+        return line_chart(curve, width=width, height=220, label=label, from_zero=True, percents=figure.share)
+
+    return card(in_halves(draw), title=escape(capital(figure.title)), note=escape(note))
 
 
 def replays(contents: Contents) -> str:
@@ -106,22 +134,31 @@ def _progress(contents: Contents) -> str:
 
 
 def _histograms(contents: Contents, players: list[Player]) -> str:
-    tiles = sorted({tile for player in players for tile in player.tiles})[-TILES_SHOWN:]
+    words = contents.words
+    tiles: list[int | str] = list(words.bins)
     if not tiles:
+        tiles += sorted({tile for player in players for tile in player.tiles if isinstance(tile, int)})[-TILES_SHOWN:]
+    if not tiles or not any(player.tiles for player in players):
         return ""
+    if words.bins:  # of programs: a baseline is one, which has no histogram
+        players = [player for player in players if player.updates is not None]
     shares = [{tile: count / max(sum(p.tiles.values()), 1) for tile, count in p.tiles.items()} for p in players]
     peak = max(max(share.values(), default=0.0) for share in shares) or 1.0
     rows = []
     for player, share in zip(players, shares, strict=True):
         label = f"{player.label}: " + ", ".join(f"{tile} in {100 * share.get(tile, 0):.0f} %" for tile in tiles)
-        chart = tile_bars(share, tiles, width=340, peak=peak, tone=_tone(contents, player), label=label)
-        head = f"<div><b>{escape(player.label)}</b><span>{player.cases} games</span></div>"
+        tone = _tone(contents, player)
+        chart = tile_bars(share, tiles, width=340, peak=peak, tone=tone, label=label, of=escape(words.tallied))
+        head = (
+            f"<div><b>{escape(player.label)}</b><span>{sum(player.tiles.values())} {escape(words.tallied)}</span></div>"
+        )
         rows.append(f'<div class="hist">{head}{chart}</div>')
-    return card("".join(rows), title="Largest tile of a game", note="Share of games that ended with it.")
+    return card("".join(rows), title=escape(words.tally), note=escape(words.tally_note))
 
 
 def _evaluations(contents: Contents) -> str:
-    words, tiles = contents.words, any(player.tiles for player in contents.policies)
+    words = contents.words
+    tiles = not words.bins and any(player.tiles for player in contents.policies)
     rows = [
         f"<tr{' class=mine' if player is contents.after else ''}><th scope=row>{escape(player.label)}</th>"
         f"<td>{number(player.score)} <small>{interval(player)}</small></td>"
@@ -129,7 +166,7 @@ def _evaluations(contents: Contents) -> str:
             f"<td>{percent(share.value)} <small>{percents(share.low, share.high)}</small></td>"
             for share in player.shares
         )
-        + (f"<td>{max(player.tiles, default=0) or ''}</td>" if tiles else "")
+        + (f"<td>{max(map(int, player.tiles), default=0) or ''}</td>" if tiles else "")
         + f"<td>{player.programs} <small>{player.distinct_programs} distinct</small></td><td>{player.cases}</td></tr>"
         for player in [*contents.policies, *contents.baselines]
     ]
@@ -155,11 +192,17 @@ def _program(program: Program) -> str:
         source = '<p class="detail">No program was found in the completion.</p>'
     played = f'<p class="results">{escape(program.results)}</p>' if program.results else ""
     detail = f'<p class="detail">{escape(program.detail)}</p>' if program.detail else ""
+    kept = f'<p class="detail">May keep state: {escape(program.state_kept)}</p>' if program.state_kept else ""
+    cases = ""
+    if program.cases:
+        heads, *rows = program.cases
+        body = ["<tr>" + "".join(f"<td>{escape(each)}</td>" for each in row) + "</tr>" for row in rows]
+        cases = f'<div class="cases">{table([escape(head) for head in heads], body)}</div>'
     outcome = escape(program.outcome)
     return (
         f'<article class="card program"><header><strong>{fixed(program.reward)}</strong><span class="chip">'
         f'<i class="out-{outcome}"></i>{words(outcome)}</span><span>{escape(rewards)}</span>'
-        f"<code>{escape(program.completion_id)}</code></header>{source}{played}{detail}</article>"
+        f"<code>{escape(program.completion_id)}</code></header>{source}{played}{detail}{chips(program)}{kept}{cases}</article>"
     )
 
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from stages.report import games, training
+from stages.report import checks, games, training
 from stages.report.contents import Contents
 
 ORDER = (
@@ -24,6 +24,8 @@ ORDER = (
     games.replays,
     games.programs,
     training.outcomes,
+    checks.dependence,
+    games.in_training,
     training.inside,
     training.exports,
     training.timings,

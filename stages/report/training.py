@@ -9,6 +9,7 @@ from html import escape
 
 from stages.artifacts.history import Iteration
 from stages.report.charts import Curve, line_chart, stacked_bars
+from stages.report.checks import SHOWN, share
 from stages.report.contents import Contents, Cost
 from stages.report.figures import capital, duration, fixed, number, percent, percents, size, words
 from stages.report.layout import card, in_widths, section, table
@@ -41,8 +42,20 @@ def learning(contents: Contents) -> str:
     return section(
         "The reward over training",
         "Mean over the completions of an iteration; the band holds the middle half of them.",
-        card(in_widths(lambda w: line_chart(curve, width=w, height=300 if w > 400 else 230, label=label))),
+        card(in_widths(lambda w: line_chart(curve, width=w, height=300 if w > 400 else 230, label=label)))
+        + _parts(rows),
     )
+
+
+def _parts(rows: list[Iteration]) -> str:
+    """A small curve for each reward function; their sum is the reward."""
+    cards = []
+    for name in rows[0].parts:
+        curve = Curve(name, [row.parts.get(name) for row in rows])
+        if any(value for value in curve.ys):
+            chart = line_chart(curve, width=330, height=140, label=_trend(words(name), curve))
+            cards.append(card(chart, title=escape(capital(words(name)))))
+    return f'<div class="grid parts">{"".join(cards)}</div>' if len(cards) > 1 else ""
 
 
 def outcomes(contents: Contents) -> str:
@@ -213,19 +226,29 @@ def _costs(cost: Cost, total: float, *, memory: bool) -> Iterable[str]:
 
 def _numbers(rows: list[Iteration]) -> str:
     names = sorted({name for row in rows for name in row.metrics})
+    parts = list(rows[0].parts)
+    checks = [(name, answer, title) for name, answer, title, _ in SHOWN if any(row.checks.get(name) for row in rows)]
     body = [
         f'<tr><th scope="row">{row.index}</th><td>{number(row.reward)}</td><td>{number(row.spread)}</td>'
         f"<td>{percent(row.outcomes.get('ok', 0), row.completions)}</td><td>{number(row.tokens)}</td>"
         f"<td>{percent(row.truncated)}</td>"
+        + "".join(f"<td>{number(row.parts.get(name))}</td>" for name in parts)
+        + "".join(f"<td>{_share(row, *check)}</td>" for check in checks)
         + "".join(f"<td>{number(row.metrics.get(name))}</td>" for name in names)
         + "</tr>"
         for row in rows
     ]
-    heads = ["iteration", "reward", "spread", "ok", "tokens", "truncated", *(escape(words(name)) for name in names)]
+    heads = ["iteration", "reward", "spread", "ok", "tokens", "truncated", *(escape(words(name)) for name in parts)]
+    heads += [title.lower() for _, _, title in checks] + [escape(words(name)) for name in names]
     return (
         '<details class="more"><summary>The numbers, iteration by iteration</summary>'
         f"{card(table(heads, body))}</details>"
     )
+
+
+def _share(row: Iteration, name: str, answer: str, title: str) -> str:
+    known = share(row, name, answer)
+    return number(None) if known is None else percent(known)
 
 
 def _trend(title: str, curve: Curve) -> str:

@@ -17,6 +17,17 @@ def add_inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--worst", action="store_true", help="show the worst completions instead of the best")
     parser.add_argument("--outcome", metavar="NAME", help="only completions that ended so, such as cheat")
     parser.add_argument("--min-reward", type=float, metavar="X", help="only completions with at least this reward")
+    parser.add_argument("--max-reward", type=float, metavar="X", help="only completions with at most this reward")
+    parser.add_argument(
+        "--check",
+        action="append",
+        default=[],
+        metavar="NAME=ANSWER",
+        help="only completions of which a check says yes, no or unknown, such as depends_on_board=no, state_kept=yes",
+    )
+    parser.add_argument("--contains", metavar="TEXT", help="only completions whose program holds this text")
+    parser.add_argument("--diff", type=_count, nargs=2, metavar=("M", "N"), help="what changed between two iterations")
+    parser.add_argument("--tokens", action="store_true", help="with --completion: its tokens and their logprobs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 

@@ -14,12 +14,9 @@ from stages.config import UserError
 
 def show(args: Namespace) -> int:
     """Print the runs in `args.folder`, newest last, and return the exit code."""
-    if not args.folder.is_dir():
-        raise UserError(f"there is no folder {args.folder}", "start a run with: flexsink train tiny")
-    rows = [listed(path.parent) for path in args.folder.glob("*/environment.json")]
-    rows.sort(key=lambda row: (row["created"], row["run"]))
+    found = rows(args.folder)
     if args.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(found, indent=2))
         return 0
     from rich.table import Table
 
@@ -30,19 +27,30 @@ def show(args: Namespace) -> int:
         wraps = name in ("run", "state")  # a long path or error is folded, figures never are
         justify: Literal["left", "right"] = "right" if name in ("iterations", "reward", "size") else "left"
         table.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
-    for row in rows:
-        reward = "" if row["first_reward"] is None else f"{row['first_reward']:.2f} -> {row['last_reward']:.2f}"
-        done = f"{row['iterations']} of {row['planned']}" if row["planned"] else ""
-        table.add_row(
-            printable(row["run"]),
-            row["created"][:16],
-            printable(row["state"]),
-            done,
-            reward,
-            f"{row['bytes'] / 2**20:.1f} MiB",
-        )
-    console().print(table if rows else f"There are no runs in {args.folder}.")
+    for row in found:
+        table.add_row(*(printable(cell) for cell in cells(row)))
+    console().print(table if found else f"There are no runs in {args.folder}.")
     return 0
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a folder, newest last; UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}", "start a run with: flexsink train tiny")
+    found = [listed(path.parent) for path in folder.glob("*/environment.json")]
+    return sorted(found, key=lambda row: (row["created"], row["run"]))
+
+
+def cells(row: dict[str, Any], *, short: bool = False) -> list[str]:
+    """A run's line as texts: its path (its name if `short`), created, state, iterations, reward, size."""
+    return [
+        Path(row["run"]).name if short else row["run"],
+        row["created"][: 10 if short else 16],
+        row["state"],
+        f"{row['iterations']} of {row['planned']}" if row["planned"] else "",
+        "" if row["first_reward"] is None else f"{row['first_reward']:.2f} -> {row['last_reward']:.2f}",
+        f"{row['bytes'] / 2**20:.1f} MiB",
+    ]
 
 
 def listed(path: Path) -> dict[str, Any]:
@@ -73,12 +81,17 @@ def listed(path: Path) -> dict[str, Any]:
 
 def state(run: RunDir) -> str:
     """running while a process works on it, done when it is exported, else stopped."""
-    config = run.config()
     if held(run.path / ".lock"):
         return "running"
+    return "done" if is_done(run) else "stopped"
+
+
+def is_done(run: RunDir) -> bool:
+    """Whether the run's last update and its own export are there, whoever works on it now."""
+    config = run.config()
     last = run.manifest(StageId("update", config.train.iterations - 1)) if config.train.iterations else None
     exported = run.manifest(StageId("export", config.train.iterations, config.export.format))
-    return "done" if exported and (last or not config.train.iterations) else "stopped"
+    return exported is not None and (last is not None or not config.train.iterations)
 
 
 def held(lock: Path) -> bool:

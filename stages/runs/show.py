@@ -14,6 +14,7 @@ from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
 from stages.config import UserError, unknown
 from stages.tasks import registry
+from stages.tasks.base import Task
 
 OUTCOMES = ("ok", "no_program", "syntax_error", "foreign_import", "cheat", "timeout", "memory", "crash", "output_limit")
 FIGURES = ["prompt_id", "group_index", "reward", "outcome"]
@@ -28,10 +29,14 @@ def show(args: Namespace) -> int:
     if args.outcome is not None and args.outcome not in OUTCOMES:
         raise unknown(f"outcome {args.outcome!r}", args.outcome, OUTCOMES, prefix="--outcome ")
     if args.completion is not None:
-        found = completion(run, args.completion)
-        print(as_json(found)) if args.json else tables.print_completion(
-            found, task=registry.of(run.config()), whole=True
-        )
+        return show_completion(run, args)
+    if args.tokens:
+        raise UserError("--tokens is of one completion", "name it: --completion 00003-002-005 --tokens")
+    if args.diff is not None:
+        from stages.runs.compare import compared, print_compared
+
+        found = compared(run, *args.diff)
+        print(as_json({"diff": found})) if args.json else print_compared(found)
         return 0
     answer = overview(run) if _asks_for_all(args) else {}
     if args.iteration is not None:
@@ -42,6 +47,25 @@ def show(args: Namespace) -> int:
         print(as_json(answer))
     else:
         tables.print_answer(run, answer)
+    return 0
+
+
+def show_completion(run: RunDir, args: Namespace) -> int:
+    """Print one completion whole, or its tokens."""
+    from stages.runs import tables
+
+    found = completion(run, args.completion)
+    if args.tokens:
+        from stages.runs import tokens
+
+        spoken = tokens.of(run, args.completion)
+        found["tokens"] = [token._asdict() for token in spoken.tokens]
+    if args.json:
+        print(as_json(found))
+    elif args.tokens:
+        tables.print_tokens(found["tokens"])
+    else:
+        tables.print_completion(found, task=registry.of(run.config()), whole=True)
     return 0
 
 
@@ -65,10 +89,34 @@ def groups(run: RunDir, iteration: int) -> list[dict[str, Any]]:
     return [_group(index, members) for index, members in sorted(kept.items())]
 
 
+def ids(run: RunDir, iteration: int) -> list[str]:
+    """The completions of a scored iteration."""
+    names: list[str] = history.completions(run, iteration, []).column("completion_id").to_pylist()
+    return names
+
+
+def members(run: RunDir, iteration: int, group: int) -> list[dict[str, Any]]:
+    """The completions of one group, without their texts: rewards, outcome, tokens, and the advantage if any."""
+    task = registry.of(run.config())
+    names = [*FIGURES, "sample_index", "num_tokens", "finish_reason", *reward_columns(task)]
+    rows: list[dict[str, Any]] = history.completions(run, iteration, names).to_pylist()
+    known = {row["group_index"] for row in rows}
+    if group not in known:
+        raise UserError(f"there is no group {group}", f"groups are 0 to {max(known, default=0)}")
+    advantages = advantages_of(run, iteration)
+    return [{**row, "advantage": advantages.get(row["completion_id"])} for row in rows if row["group_index"] == group]
+
+
+def reward_columns(task: Task) -> list[str]:
+    return [name if name.startswith("reward_") else f"reward_{name}" for name in task.reward_names]
+
+
 def chosen(run: RunDir, args: Namespace) -> Iterator[dict[str, Any]]:
     """The completions that pass the filters, best first (worst first on request), whole."""
     iterations = history.scored(run) if args.iteration is None else [args.iteration]
-    rows = [row for i in iterations for row in history.completions(run, i, FIGURES).to_pylist()]
+    checks = [_check(text) for text in args.check]
+    columns = [*FIGURES, *(name for name, _ in checks), *(["program"] if args.contains is not None else [])]
+    rows = [row for i in iterations for row in history.completions(run, i, columns).to_pylist()]
     if args.group is not None:
         known = {row["group_index"] for row in rows}
         if args.group not in known:
@@ -78,6 +126,12 @@ def chosen(run: RunDir, args: Namespace) -> Iterator[dict[str, Any]]:
         rows = [row for row in rows if row["outcome"] == args.outcome]
     if args.min_reward is not None:
         rows = [row for row in rows if row["reward"] >= args.min_reward]
+    if args.max_reward is not None:
+        rows = [row for row in rows if row["reward"] <= args.max_reward]
+    if args.contains is not None:
+        rows = [row for row in rows if args.contains in (row["program"] or "")]
+    for name, wanted in checks:
+        rows = [row for row in rows if _answered(row[name]) == wanted]
     sign = 1 if args.worst else -1
     rows.sort(key=lambda row: (sign * row["reward"], row["completion_id"]))
     names = [row["completion_id"] for row in rows[: DEFAULT_TOP if args.top is None else args.top]]
@@ -101,7 +155,9 @@ def completion(run: RunDir, completion_id: str) -> dict[str, Any]:
             f"iteration {index} has no completion {completion_id}",
             f"see which there are with: flexsink inspect {run.path} --iteration {index}",
         )
-    return _told({**rows[completion_id], **_trained_on(run, index, completion_id)}, registry.of(run.config()).cases)
+    advantage = advantages_of(run, index).get(completion_id)
+    row = rows[completion_id] if advantage is None else {**rows[completion_id], "advantage": advantage}
+    return _told(row, registry.of(run.config()).cases)
 
 
 def as_json(answer: dict[str, Any]) -> str:
@@ -110,8 +166,22 @@ def as_json(answer: dict[str, Any]) -> str:
 
 
 def _asks_for_all(args: Namespace) -> bool:
-    filters = (args.iteration, args.group, args.top, args.outcome, args.min_reward)
-    return all(value is None for value in filters) and not args.worst
+    filters = (args.iteration, args.group, args.top, args.outcome, args.min_reward, args.max_reward, args.contains)
+    return all(value is None for value in filters) and not args.worst and not args.check
+
+
+def _check(text: str) -> tuple[str, str]:
+    """The check's column and the answer asked for, of depends_on_board=no."""
+    name, _, answer = text.partition("=")
+    if name not in history.CHECKS:
+        raise unknown(f"check {name!r}", name, history.CHECKS, prefix="--check ")
+    if answer not in ("yes", "no", "unknown"):
+        raise UserError(f"--check {text}: {answer!r} is no answer", f"for example --check {name}=yes, no or unknown")
+    return name, answer
+
+
+def _answered(value: bool | str | None) -> str:
+    return "unknown" if value is None else "yes" if value else "no"
 
 
 def _group(index: int, members: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,6 +202,7 @@ def _group(index: int, members: list[dict[str, Any]]) -> dict[str, Any]:
         "best": {"completion_id": best["completion_id"], "reward": best["reward"]},
         "worst": {"completion_id": worst["completion_id"], "reward": worst["reward"]},
         "outcomes": outcomes,
+        "rewards": sorted(rewards),
     }
 
 
@@ -152,13 +223,13 @@ def _told(row: dict[str, Any], cases: str) -> dict[str, Any]:
     return told
 
 
-def _trained_on(run: RunDir, iteration: int, completion_id: str) -> dict[str, Any]:
-    """What the update made of a completion; nothing while there is no update."""
+def advantages_of(run: RunDir, iteration: int) -> dict[str, float]:
+    """What the update made of each completion; nothing while there is no update."""
     folder = run.folder(StageId("update", iteration))
     if not (folder / NAME).is_file():
         return {}
     rows = read_table(folder, "samples", SAMPLES, columns=["completion_id", "advantage"]).to_pylist()
-    return next(({"advantage": row["advantage"]} for row in rows if row["completion_id"] == completion_id), {})
+    return {row["completion_id"]: row["advantage"] for row in rows}
 
 
 def _evaluated(run: RunDir, completion_id: str, updates: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ What a model wrote is printed as plain text with its control characters made vis
 nor move the terminal's cursor, nor use rich's markup.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -20,6 +21,8 @@ from stages.tasks.base import Figure, Task
 from stages.tasks.checks import COLUMNS
 
 WIDE = 130  # columns where the output is no terminal
+BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+UNLIKELY = math.log(0.1)
 LONGEST = 60  # lines of a program shown in a list; --completion shows all
 
 
@@ -45,7 +48,8 @@ def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
             out.print(f"Nothing has been scored yet; go on with: flexsink resume {run.path}")
     if "iteration" in answer:
         out.print(iterations([answer["iteration"]], width=out.width))
-        out.print(groups(answer["groups"]))
+        out.print(Text(dependence(answer["iteration"]["checks"]), style="dim"))
+        out.print(groups(answer["groups"], width=out.width))
     if "completions" in answer:
         for row in answer["completions"]:
             print_completion(row, task=task, whole=False, out=out)
@@ -57,6 +61,9 @@ def print_completion(row: dict[str, Any], *, task: Task, whole: bool, out: Conso
     """One completion: its verdict, program and cases; the prompt and the raw text too when `whole`."""
     parts: list[RenderableType] = [facts(row, task=task, whole=whole)]
     if whole:
+        found = evidence(row)
+        if found.plain:
+            parts += [Rule("evidence", style="dim"), found]
         if row.get("prompt"):
             parts += [Rule("prompt", style="dim"), Text(printable(row["prompt"]))]
         if row.get("completion"):
@@ -67,6 +74,21 @@ def print_completion(row: dict[str, Any], *, task: Task, whole: bool, out: Conso
         parts += [Rule(task.cases, style="dim"), cases(row[task.cases], task)]
     title = Text.assemble((row.get("completion_id") or row.get("name", ""), "bold"))
     (out or console()).print(Panel(Group(*parts), title=title, title_align="left", border_style="dim"))
+
+
+def print_tokens(rows: list[dict[str, Any]]) -> None:
+    """One line per token: its text and its logprobs, the unlikely ones marked."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("#", "id", "token", "engine", "chance", "trainer", "reference"):
+        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
+    for at, row in enumerate(rows, start=1):
+        engine = row["engine"]
+        chance = "" if engine is None else f"{100 * math.exp(engine):.3g} %"
+        unlikely = engine is not None and engine < UNLIKELY
+        others = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("trainer", "reference"))
+        figures = ("" if engine is None else f"{engine:.4f}", chance, *others)
+        table.add_row(str(at), str(row["id"]), Text(ascii(row["text"])), *figures, style="yellow" if unlikely else "")
+    console().print(table if rows else "No tokens are kept of this completion.")
 
 
 def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
@@ -85,10 +107,12 @@ def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
     ]
     if width < 118:
         columns = [name for name in columns if name not in ("middle half", "cut off", "kl")]
+    if width < 100:
+        columns.remove("completions")
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("other outcomes", no_wrap=True)
+    table.add_column("other outcomes")
     for row in rows:
         kl = row["metrics"].get("kl")
         cells: dict[str, str | Text] = {
@@ -117,10 +141,8 @@ def evaluations(rows: Iterable[dict[str, Any]], task: Task) -> Table:
     for name in heads:
         table.add_column(name, justify="left" if name == task.player else "right", no_wrap=True)
     unique = {(row["kind"], row["name"], row["updates"] if row["kind"] == "policy" else None): row for row in rows}
-    for (kind, name, updates), row in sorted(
-        unique.items(), key=lambda item: (item[0][0] != "policy", item[0][2] or 0)
-    ):
-        label = name.replace("_", " ") if kind != "policy" else f"after {updates} updates" if updates else "untrained"
+    for (_, _, updates), row in sorted(unique.items(), key=lambda item: (item[0][0] != "policy", item[0][2] or 0)):
+        label = player(row, updates)
         low, high = (shown(first, row[first.name + end]) for end in ("_low", "_high"))
         largest = (
             [max((entry[task.tally.value] for entry in row[task.tally.name] or []), default="")] if task.tally else []
@@ -136,16 +158,37 @@ def evaluations(rows: Iterable[dict[str, Any]], task: Task) -> Table:
     return table
 
 
+def player(row: Mapping[str, Any], updates: int | None) -> str:
+    """Who a row of an evaluation is about: untrained, after 24 updates, or the baseline's name."""
+    if row["kind"] != "policy":
+        return str(row["name"]).replace("_", " ")
+    return f"after {updates} updates" if updates else "untrained"
+
+
+def strip(values: Sequence[float], low: float, high: float, *, width: int = 20) -> str:
+    """Where the values lie between `low` and `high`: a block's height is how many of them lie there."""
+    counts = [0] * width
+    for value in values:
+        share = (value - low) / (high - low) if high > low else 0.0
+        counts[max(0, min(width - 1, int(share * width)))] += 1
+    most = max(counts, default=0) or 1
+    return "".join(BLOCKS[-(-count * 8 // most)] for count in counts)
+
+
 def shown(figure: Figure, value: float, *, digits: int = 1) -> str:
     """A figure's value as text, a share in per cent with so many digits."""
     return f"{100 * value:.{digits}f} %" if figure.share else f"{value:.{figure.digits}f}"
 
 
-def groups(rows: Iterable[dict[str, Any]]) -> Table:
-    """One line per group of an iteration."""
+def groups(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
+    """One line per group of an iteration; a narrow terminal gets no ids, but their last part."""
+    rows = list(rows)
+    low = min((row["worst"]["reward"] for row in rows), default=0.0)
+    high = max((row["best"]["reward"] for row in rows), default=0.0)
     table = Table(box=None, header_style="dim", pad_edge=False, title="\ngroups", title_justify="left")
-    for name in ("group", "completions", "mean", "spread", "best", "worst", "outcomes"):
-        left = name in ("best", "worst", "outcomes")
+    narrow = width < 118
+    for name in ("group", "of", "mean", "spread", f"{low:.1f} to {high:.1f}", "best", "worst", "outcomes"):
+        left = name not in ("group", "of", "mean", "spread")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "outcomes")
     for row in rows:
         table.add_row(
@@ -153,8 +196,11 @@ def groups(rows: Iterable[dict[str, Any]]) -> Table:
             str(row["completions"]),
             Text(f"{row['mean']:.2f}", style="bold"),
             f"{row['spread']:.2f}",
-            f"{row['best']['reward']:5.2f}  {row['best']['completion_id']}",
-            f"{row['worst']['reward']:5.2f}  {row['worst']['completion_id']}",
+            strip(row["rewards"], low, high, width=16),
+            *(
+                f"{each['reward']:5.2f}  {each['completion_id'][9:] if narrow else each['completion_id']}"
+                for each in (row["best"], row["worst"])
+            ),
             Text.assemble(told(row["outcomes"]), ("  no signal" if row["silent"] else "", "yellow")),
         )
     return table
@@ -180,7 +226,7 @@ def cell(value: Any) -> str:
 
 
 def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
-    """The verdict and its evidence, and with `whole` what is known about the tokens."""
+    """The verdict; its evidence in brief, or with `whole`, beside `evidence`, what is known about the tokens."""
     text = Text()
     if "reward" in row:
         parts = ", ".join(
@@ -196,12 +242,13 @@ def facts(row: dict[str, Any], *, task: Task, whole: bool) -> Text:
             text.append(f"  {each.short or each.title} {shown(each, row[each.name], digits=0)}")
         text.append("  ")
     text.append(row["outcome"].replace("_", " "), style="green" if row["outcome"] == "ok" else "red")
-    if row.get("detail"):
-        text.append(f": {printable(row['detail'])}")
-    if any(row.get(name) is not None for name in COLUMNS):
-        text.append(f"\n{checked(row)}", style="dim")
-    if row.get("state_kept"):
-        text.append(f"\nmay keep state between calls: {printable(row['state_kept'])}", style="yellow")
+    if not whole:
+        if row.get("detail"):
+            text.append(f": {printable(row['detail'])}")
+        if any(row.get(name) is not None for name in COLUMNS):
+            text.append(f"\n{checked(row)}", style="dim")
+        if row.get("state_kept"):
+            text.append(f"\nmay keep state between calls: {printable(row['state_kept'])}", style="yellow")
     if "finish_reason" in row:
         text.append(f"\n{row['num_tokens']} tokens, ended by {row['finish_reason']}", style="dim")
         text.append(f", policy after {row['policy_version']} updates, seed {row['seed']}", style="dim")
@@ -231,6 +278,52 @@ def program(source: str, *, whole: bool) -> RenderableType:
     cut = [] if whole else lines[LONGEST:]
     shown = Syntax("\n".join(lines[: len(lines) - len(cut)]), "python", theme="ansi_dark", background_color="default")
     return Group(shown, Text(f"... {len(cut)} more lines", style="dim")) if cut else shown
+
+
+CHECKS = {
+    "depends_on_board": ("other inputs get other answers", "its answers do not depend on what it is given"),
+    "depends_on_calls": ("equal inputs get other answers at another call", "equal inputs get equal answers"),
+    "depends_on_random": ("random numbers alone make the difference", "random numbers make no difference"),
+    "depends_on_time": ("it may know the time", "it has no clock"),
+}  # a check's name: what yes means, what no means
+
+
+def evidence(row: dict[str, Any]) -> Text:
+    """What was found out about the program beside its score, a line each; unknown is said where something is known."""
+    text = Text()
+    if row.get("detail"):
+        text.append(f"{printable(row['detail'])}\n", style="red" if row.get("outcome") != "ok" else "")
+    if any(row.get(name) is not None for name in CHECKS):
+        for name, (yes, no) in CHECKS.items():
+            value = row.get(name)
+            words = "unknown" if value is None else f"yes: {yes}" if value else f"no: {no}"
+            text.append(f"{name.replace('_', ' '):<18}", style="dim")
+            text.append(f"{words}\n", style="yellow" if odd(name, value) else "")
+    if row.get("state_kept"):
+        text.append(f"may keep state between calls: {printable(row['state_kept'])}\n", style="yellow")
+    text.rstrip()
+    return text
+
+
+def dependence(checks: Mapping[str, Mapping[str, int]]) -> str:
+    """What the programs of an iteration that ended ok depend on, in words; empty where nothing is known of them."""
+    told = []
+    for name, answer, words in (
+        ("depends_on_board", "no", "ignore their input"),
+        ("depends_on_random", "yes", "draw lots"),
+        ("depends_on_time", "yes", "may know the time"),
+        ("state_kept", "yes", "may keep state"),
+    ):
+        counts = checks.get(name, {})
+        known = counts.get("yes", 0) + counts.get("no", 0)
+        if known:
+            told.append(f"{counts[answer]} of {known} {words}")
+    return f"programs that ended ok: {', '.join(told)}" if told else ""
+
+
+def odd(check: str, value: bool | None) -> bool:
+    """Whether a check's answer is one to look at: a program that ignores its input, or may know the time."""
+    return (check == "depends_on_board" and value is False) or (check == "depends_on_time" and value is True)
 
 
 def told(counts: dict[str, int], *, most: int = 9) -> str:
