@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from stages.bench.decode import Rows
+from stages.config import ModelConfig
 from stages.engine import Engine, Request, SamplingParams
 from stages.model.policy import Policy
 from stages.model.shapes import SHAPES, Shape
-from stages.model.synthetic import synthetic_policy
+from stages.model.synthetic import randomise_lora, synthetic_policy
+from stages.tasks import registry
 from tests.eager_twin import eager_twin
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
@@ -146,24 +148,17 @@ def test_a_window_layer_sees_128_tokens_itself_included_and_not_one_more() -> No
                     assert difference > 0.008 if seen else difference < 0.004
 
 
-def test_the_same_tokens_have_the_same_logprobs_in_batches_of_1_7_and_64(policy: Policy) -> None:
-    ids = random_ids(64, 148, seed=5)
-    found = {batch: batched_logprobs(policy, ids, 100, batch) for batch in (1, 7, 64)}
-    for batch in (7, 64):
-        (logprobs, routes), num_rows = found[batch], len(found[batch][0])
-        lone, lone_routes = (tensor[:num_rows] for tensor in found[1])
-        # What follows a token is compared where that token went to the same experts in every layer.
-        kept = (routes.sort(-1).values == lone_routes.sort(-1).values).flatten(2).all(-1)
-        difference = (logprobs - lone).abs()[kept]
-        changed = 1 - kept.float().mean().item()
-        print(
-            f"batch {batch}: mean {difference.mean():.2e}, p99.9 {difference.quantile(0.999):.2e}, max "
-            f"{difference.max():.2e}; routes changed for {changed:.2%} of {kept.numel()} tokens"
-        )
-        assert difference.mean() < 0.002
-        assert difference.quantile(0.999) < 0.02
-        assert difference.max() < 0.1
-        assert changed < 0.1
+def test_the_same_tokens_have_the_same_bits_in_batches_of_1_7_64_and_200(policy: Policy) -> None:
+    ids = random_ids(200, 148, seed=5)
+    found = {batch: batched_logprobs(policy, ids, 100, batch) for batch in (1, 7, 64, 200)}
+    lone, lone_routes = found[1]
+    for batch, (logprobs, routes) in found.items():
+        difference = (logprobs - lone[: len(logprobs)]).abs()
+        changed = (routes != lone_routes[: len(routes)]).any(-1).float().mean()
+        print(f"batch {batch}: max {difference.max():.2e}, mean {difference.mean():.2e}; routes changed {changed:.2%}")
+    for logprobs, routes in found.values():
+        assert torch.equal(logprobs, lone[: len(logprobs)])
+        assert torch.equal(routes, lone_routes[: len(routes)])
 
 
 def batched_logprobs(policy: Policy, ids: Tensor, length: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -182,16 +177,22 @@ def batched_logprobs(policy: Policy, ids: Tensor, length: int, batch: int) -> tu
     return torch.cat(logprobs), torch.cat(routes)
 
 
-def test_what_the_engine_says_of_its_tokens_is_what_the_trainer_says(policy: Policy) -> None:
+def test_what_the_engine_says_of_its_tokens_is_what_the_trainer_says() -> None:
+    """On the bundled model, which was trained: a random one's routers are so close to ties that either's roundings send
+    every tenth token elsewhere.
+    """
+    policy = Policy.load(ModelConfig(source="data/tiny", dtype="bfloat16"), lora_rank=8, lora_alpha=16.0, seed=0)
+    randomise_lora(policy, generator=torch.Generator(DEVICE).manual_seed(1))
+    prompts = registry.get("game2048", {}).prompts(4, 0, 0)
     requests = [
         Request(
             completion_id=str(number),
-            prompt_ids=tuple(random_ids(60 + 40 * (number // 4), seed=number // 4).tolist()),
-            sampling=SamplingParams(max_new_tokens=40 + 8 * number, seed=number),
+            prompt_ids=policy.render(prompts[number // 16].messages),
+            sampling=SamplingParams(max_new_tokens=300, seed=number, stop_token_ids=policy.stop_token_ids),
         )
-        for number in range(24)
+        for number in range(64)
     ]
-    completions = Engine(policy, max_slots=16, max_new_tokens=256).run(requests)
+    completions = Engine(policy, max_slots=48, max_new_tokens=300).run(requests)
     differences = []
     for completion in completions:
         ids = torch.tensor([completion.prompt_ids + completion.completion_ids], device=DEVICE)
@@ -203,7 +204,7 @@ def test_what_the_engine_says_of_its_tokens_is_what_the_trainer_says(policy: Pol
     difference = torch.cat(differences)
     k3 = (torch.exp(-difference) - 1 + difference).mean()
     print(f"{difference.numel()} tokens: |difference| mean {difference.abs().mean():.2e}, k3 {k3:.2e}")
-    assert difference.numel() == sum(40 + 8 * number for number in range(24))
+    assert difference.numel() > 5000
     assert k3 < 0.002
 
 
