@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.engine.cache import LayerCache
-from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
+from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, max_split_rows, splits_for
 from stages.kernels.launch import on_hopper
 from stages.kernels.linear import linear
 from stages.kernels.norms import add_norm, combine_norm, embed_norm
@@ -70,7 +70,8 @@ class Step:
         )
         heads, channels = self.config.num_attention_heads, self.config.head_dim
         self.max_context = max_context
-        self.workspace = make_workspace(max_rows, heads, channels, 64, policy.device)
+        split_rows = min(max_rows, max_split_rows(kv_heads=self.config.num_key_value_heads))
+        self.workspace = make_workspace(split_rows, heads, channels, max_context, policy.device)
         if policy.device.type == "cuda":
             torch.cuda.empty_cache()  # of the projections before they were put together
         # A list takes each decode layer's choices int [b, k]; of a captured step, where every replay puts them.
@@ -96,9 +97,7 @@ class Step:
         normed = embed_norm(
             self.embedding, tokens, rows, residual, self.norms[0], dtype=self.policy.dtype, eps=self.eps
         )
-        splits = splits_for(
-            num_rows, min(self.max_context, SPLIT_CONTEXT), kv_heads=self.config.num_key_value_heads
-        )
+        splits = splits_for(num_rows, min(self.max_context, SPLIT_CONTEXT), kv_heads=self.config.num_key_value_heads)
         for index, (layer, cache) in enumerate(zip(self.layers, layers, strict=True)):
             attended = decode_attention(
                 layer.qkv(normed),
@@ -243,9 +242,7 @@ class _Layer:
             ):
                 rank = own.a.shape[1]
                 adapter.a[:, :rank] = own.a
-                rows = stored_rows(
-                    own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device
-                )
+                rows = stored_rows(own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device)
                 adapter.b[..., :rank] = own.b[:, rows] * on
 
     def qkv(self, normed: Tensor) -> Tensor:
