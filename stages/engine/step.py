@@ -97,7 +97,9 @@ class Step:
         normed = embed_norm(
             self.embedding, tokens, rows, residual, self.norms[0], dtype=self.policy.dtype, eps=self.eps
         )
-        splits = splits_for(num_rows, min(self.max_context, SPLIT_CONTEXT), kv_heads=self.config.num_key_value_heads)
+        splits = splits_for(
+            num_rows, min(self.max_context, SPLIT_CONTEXT), kv_heads=self.config.num_key_value_heads
+        )
         for index, (layer, cache) in enumerate(zip(self.layers, layers, strict=True)):
             attended = decode_attention(
                 layer.qkv(normed),
@@ -242,7 +244,9 @@ class _Layer:
             ):
                 rank = own.a.shape[1]
                 adapter.a[:, :rank] = own.a
-                rows = stored_rows(own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device)
+                rows = stored_rows(
+                    own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device
+                )
                 adapter.b[..., :rank] = own.b[:, rows] * on
 
     def qkv(self, normed: Tensor) -> Tensor:
