@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from stages.kernels import reference
-from stages.kernels.decode_attention import LoraB, decode_attention, interpreted, make_workspace, splits_for
+from stages.kernels.decode_attention import (
+    LoraB,
+    Workspace,
+    decode_attention,
+    interpreted,
+    make_workspace,
+    max_chunks,
+    max_split_rows,
+    splits_for,
+)
 
 if TYPE_CHECKING:
     from stages.kernels.decode_attention_triton import Plan
@@ -95,6 +104,13 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     return Case(convert(case.qkv), {name: convert(value) for name, value in case.arguments.items()})
 
 
+def workspace_of(case: Case) -> Workspace:
+    """Room for all rows of the case in splits."""
+    pages, (_, _, page, channels) = case.arguments["page_table"], case.arguments["keys"].shape
+    heads, context = case.arguments["sinks"].shape[0], page if pages is None else pages.shape[1] * page
+    return make_workspace(len(case.arguments["rows"]), heads, channels, context, case.qkv.device)
+
+
 def errors(case: Case, splits: int = 1, plan: "Plan | None" = None) -> tuple[float, float, float]:
     """The kernel's largest error against float64, the plain path's in the same dtype, and the cache's; checks that
     nothing in the cache but the new tokens' places changed.
@@ -104,9 +120,7 @@ def errors(case: Case, splits: int = 1, plan: "Plan | None" = None) -> tuple[flo
     real = case.arguments["rows"] != len(case.arguments["positions"]) - 1
     expected = reference.decode_attention(truth.qkv, **truth.arguments)[real]
     low = reference.decode_attention(plain.qkv, **plain.arguments)[real]
-    workspace = make_workspace(
-        len(real), case.arguments["sinks"].shape[0], case.arguments["keys"].shape[3], 8, case.qkv.device
-    )
+    workspace = workspace_of(case)
     if plan is None:
         out = decode_attention(mine.qkv, **mine.arguments, splits=splits, workspace=workspace)[real]
     else:
@@ -151,15 +165,52 @@ def test_any_split_of_the_pages_gives_the_whole(splits: int) -> None:
 
 
 @pytest.mark.parametrize("ring", [False, True])
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize(("block", "chunk"), [(16, 2), (32, 8), (64, 4)])
-def test_no_cut_of_the_work_changes_the_result(ring: bool, early: bool, block: int, chunk: int) -> None:
+@pytest.mark.parametrize(("block", "flight"), [(16, 2), (32, 3), (64, 1)])
+def test_no_cut_of_the_work_changes_the_result(ring: bool, block: int, flight: int) -> None:
     from stages.kernels.decode_attention_triton import Plan
 
     shape = Shape(heads=4, kv_heads=1, page=64, rank=2)
     case = make_case([0, 63, 64, 65, 150], shape=shape, ring=ring, dtype=torch.float32)
-    plan = Plan(block=block, warps=4, flight=2, early=early, chunk=chunk)
-    assert errors(case, 1 if ring else 3, plan)[0] < 5e-6
+    assert errors(case, 1 if ring else 3, Plan(block=block, flight=flight))[0] < 5e-6
+
+
+def rows_alone(case: Case, rows: list[int], splits: int) -> Tensor:
+    """The outputs of these rows of the case, decoded as a batch of their own."""
+    own = in_dtype(case, case.qkv.dtype)
+    for name in ("cos", "sin"):
+        own.arguments[name] = case.arguments[name]
+    own.arguments["rows"] = own.arguments["rows"][rows].contiguous()
+    company = Case(own.qkv[rows].contiguous(), own.arguments)
+    return decode_attention(
+        company.qkv, **company.arguments, splits=splits, workspace=workspace_of(company) if splits > 1 else None
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_company_and_any_splits(dtype: torch.dtype) -> None:
+    positions = [400, 0, 128, 129, 256, 257]  # around the edges of chunks
+    case = make_case(positions, shape=TINY._replace(heads=4, kv_heads=1, rank=2), ring=False, dtype=dtype)
+    together = rows_alone(case, list(range(6)), 1)
+    for rows, splits in ((range(6), 2), ([5], 3), ([5, 0], 8), ([1, 3], 1)):
+        assert torch.equal(rows_alone(case, list(rows), splits), together[list(rows)])
+
+
+def test_the_bits_are_the_same_where_chunks_begin_to_grow() -> None:
+    shape = Shape(heads=2, kv_heads=1, channels=16, page=128)
+    case = make_case([8193], shape=shape, ring=False, dtype=torch.float32)
+    truth = in_dtype(case, DOUBLE)
+    expected = reference.decode_attention(truth.qkv, **truth.arguments)
+    whole = rows_alone(case, [0], 1)
+    torch.testing.assert_close(whole.to(DOUBLE), expected, atol=5e-6, rtol=0)
+    assert torch.equal(rows_alone(case, [0], 7), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ring_s_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    case = make_case([0, 1, 127, 128, 129, 300], shape=TINY._replace(rank=2), ring=True, dtype=dtype)
+    together = rows_alone(case, list(range(6)), 1)
+    for rows in ([0], [3, 2]):
+        assert torch.equal(rows_alone(case, rows, 1), together[rows])
 
 
 def test_pages_of_128_around_their_edges() -> None:
@@ -235,11 +286,15 @@ def test_the_plain_path_writes_into_out_and_equals_the_kernel() -> None:
 
 
 def test_small_batches_are_split_and_large_ones_are_not() -> None:
-    assert splits_for(1, 131072) == 33
-    assert splits_for(1, 128) == 2
-    assert splits_for(1, 1) == 1
-    assert splits_for(64, 4096) == splits_for(256, 1024) == 1
-    assert splits_for(1, 1024) * 8 >= 128  # a program for nearly every processor
+    assert splits_for(1, 131072) == 16
+    assert splits_for(1, 1024) == 8  # a program for each chunk of 128
+    assert splits_for(1, 128) == splits_for(1, 1) == 1
+    assert splits_for(16, 8192) == splits_for(64, 4096) == splits_for(256, 1024) == 1
+    for kv_heads in (1, 2, 8):
+        most = max_split_rows(kv_heads=kv_heads)
+        assert splits_for(most, 8192, kv_heads=kv_heads) > 1
+        assert splits_for(most + 1, 8192, kv_heads=kv_heads) == 1
+    assert [max_chunks(n) for n in (1, 128, 129, 8192, 8193, 131072)] == [1, 1, 2, 64, 64, 64]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +304,7 @@ def test_small_batches_are_split_and_large_ones_are_not() -> None:
         ({"rows": torch.zeros(2, dtype=torch.int64)}, "int32"),
         ({"splits": 2}, "needs a workspace"),
         ({"splits": 2, "page_table": None}, "never split"),
-        ({"splits": 65, "workspace": make_workspace(2, 4, 32, 4, "cpu")}, "the workspace holds 128"),
+        ({"splits": 2, "workspace": make_workspace(1, 4, 32, 80, "cpu")}, "the workspace holds 1:"),
         ({"sinks": torch.zeros(3)}, "qkv is"),
     ],
 )
@@ -283,7 +338,7 @@ def test_true_shapes_on_the_card(positions: list[int], ring: bool, splits: int, 
 @needs_gpu
 def test_a_captured_step_follows_the_positions() -> None:
     case = make_case([300, 40, 2000], shape=Shape(64, 8, 64, 128, 16), ring=False, dtype=torch.bfloat16, device="cuda")
-    workspace = make_workspace(3, 64, 64, 8, "cuda")
+    workspace = workspace_of(case)
     step, eager = in_dtype(case, torch.bfloat16), in_dtype(case, torch.bfloat16)
     for copy in (step, eager):
         copy.arguments["cos"], copy.arguments["sin"] = case.arguments["cos"], case.arguments["sin"]
@@ -297,3 +352,18 @@ def test_a_captured_step_follows_the_positions() -> None:
         graph.replay()
         expected = decode_attention(eager.qkv, **eager.arguments, splits=8, workspace=workspace)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_the_card_a_row_has_the_same_bits_in_any_company(ring: bool, dtype: torch.dtype) -> None:
+    positions = [(1 + 131 * i) % 1500 for i in range(256)]
+    positions[-2:] = [8700, 1023]  # rows come in the opposite order of slots
+    case = make_case(positions, shape=Shape(64, 8, 64, 128, 16), ring=ring, dtype=dtype, device="cuda")
+    together = rows_alone(case, list(range(256)), 1)
+    for num_rows in (1, 7, 16, 64, 256):
+        for splits in (1,) if ring else (1, 2, 3, 8, 16):
+            rows = list(range(num_rows))
+            assert torch.equal(rows_alone(case, rows, splits), together[rows]), (num_rows, splits)

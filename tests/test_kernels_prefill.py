@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stages.kernels import prefill_attention as prefill
 from stages.kernels import reference
-from stages.kernels.prefill_attention import BLOCK, PackedDocs, mask_of, prefill_attention
+from stages.kernels.prefill_attention import BLOCK, PackedDocs, layout_of, mask_of, prefill_attention
 
 DOCS = (
     PackedDocs((1,)),
@@ -60,12 +60,24 @@ def test_flex_and_plain_equal_one_masked_softmax(docs: PackedDocs, window: int |
     "docs", [*DOCS, PackedDocs((4096,), past=8192 + 64), PackedDocs((500, 700, 30, 2000))], ids=str
 )
 def test_the_blocks_are_those_that_trying_every_pair_finds(docs: PackedDocs, window: int | None) -> None:
-    mask = mask_of(docs, window, torch.device("cpu"))
+    mask, layout = mask_of(docs, window, torch.device("cpu")), layout_of(docs, torch.device("cpu"))
     num_queries, num_keys = len(mask.first), mask.partial.shape[3] * BLOCK
     pairs = torch.zeros(num_queries, num_keys, dtype=torch.bool)
     real = visible(docs, window)
-    pairs[: docs.num_queries, : docs.num_keys] = real
-    pairs[docs.num_queries :, : docs.num_keys] = real[-1]  # padding sees what the last query sees
+    begins = [sum(-(-n // BLOCK) * BLOCK for n in docs.lengths[:i]) for i in range(len(docs.lengths))]
+    places = torch.cat([begin + torch.arange(n) for begin, n in zip(begins, docs.lengths, strict=True)])
+    key_places = torch.arange(docs.num_keys) if docs.past else places
+    for query, place in enumerate(places.tolist()):
+        pairs[place, key_places] = real[query]
+        if query + 1 == docs.num_queries or places[query + 1] != place + 1:
+            until = num_queries if query + 1 == docs.num_queries else int(places[query + 1])
+            pairs[place + 1 : until, key_places] = real[query]  # padding sees what its prompt's last query sees
+    if layout is None:
+        assert torch.equal(places, torch.arange(docs.num_queries))
+    else:
+        assert torch.equal(layout.places, places)
+        assert torch.equal(layout.sources[places], torch.arange(docs.num_queries))
+        assert len(layout.sources) == num_queries == num_keys
     tiles = pairs.view(num_queries // BLOCK, BLOCK, num_keys // BLOCK, BLOCK)
     every, some = tiles.all(3).all(1), tiles.any(3).any(1)
     for row in range(num_queries // BLOCK):
@@ -98,6 +110,26 @@ def test_no_length_compiles_the_front_end_again(monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("window", [None, 128])
+def test_a_prompt_s_mask_is_the_same_alone_and_packed(window: int | None) -> None:
+    lengths = (127, 1, 300, 256, 129)
+    packed, begin = mask_of(PackedDocs(lengths), window, torch.device("cpu")), 0
+    for length in lengths:
+        alone = mask_of(PackedDocs((length,)), window, torch.device("cpu"))
+        for block in range(-(-length // BLOCK)):
+            row = begin // BLOCK + block
+            queries = slice(block * BLOCK, (block + 1) * BLOCK)
+            there = slice(begin + block * BLOCK, begin + (block + 1) * BLOCK)
+            assert torch.equal(packed.first[there] - begin, alone.first[queries])
+            assert torch.equal(packed.last[there] - begin, alone.last[queries])
+            for count, blocks in (("num_partial", "partial"), ("num_full", "full")):
+                number = int(getattr(alone, count)[0, 0, block])
+                assert number == int(getattr(packed, count)[0, 0, row])
+                mine = getattr(packed, blocks)[0, 0, row, :number] - begin // BLOCK
+                assert torch.equal(mine, getattr(alone, blocks)[0, 0, block, :number])
+        begin += -(-length // BLOCK) * BLOCK
+
+
 @pytest.mark.parametrize(
     ("docs", "message"),
     [
@@ -127,3 +159,32 @@ def test_on_the_card_one_compilation_serves_every_length() -> None:
             plain = oracle(inputs, docs, window, 0.125)
             bar = float((plain.double() - expected).abs().max())
             assert float((out.double() - expected).abs().max()) <= 2 * bar, (docs, window)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("window", [None, 128])
+def test_on_the_card_a_prompt_has_the_same_bits_alone_and_packed(window: int | None) -> None:
+    docs = PackedDocs((127, 1, 700, 512, 129, 64, 2000))
+    query, key, value, sinks = draw(docs, 64, 8, 64, torch.bfloat16, "cuda")
+    packed = prefill_attention(query, key, value, sinks=sinks, scale=0.125, window=window, docs=docs)
+    begin = 0
+    for length in docs.lengths:
+        own = slice(begin, begin + length)
+        alone = prefill_attention(
+            query[own], key[own], value[own], sinks=sinks, scale=0.125, window=window, docs=PackedDocs((length,))
+        )
+        assert torch.equal(packed[own], alone), length
+        begin += length
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_the_card_chunks_of_whole_blocks_give_the_bits_of_the_whole() -> None:
+    docs = PackedDocs((2000,))
+    query, key, value, sinks = draw(docs, 64, 8, 64, torch.bfloat16, "cuda")
+    whole = prefill_attention(query, key, value, sinks=sinks, scale=0.125, window=None, docs=docs)
+    for past in (128, 1024):
+        chunk = PackedDocs((2000 - past,), past=past)
+        rest = prefill_attention(query[past:], key, value, sinks=sinks, scale=0.125, window=None, docs=chunk)
+        assert torch.equal(rest, whole[past:]), past

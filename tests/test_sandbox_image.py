@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import docker
 import pytest
 
 import stages.sandbox.image as image
 from stages.config import UserError
+
+docker = pytest.importorskip("docker")
 
 
 class NoRegistry:

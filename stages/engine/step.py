@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.engine.cache import LayerCache
-from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
+from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, max_split_rows, splits_for
 from stages.kernels.launch import on_hopper
 from stages.kernels.linear import linear, linear_parts
 from stages.kernels.norms import add_norm, combine_norm, embed_norm
@@ -71,7 +71,8 @@ class Step:
         )
         heads, channels = self.config.num_attention_heads, self.config.head_dim
         self.max_context = max_context
-        self.workspace = make_workspace(max_rows, heads, channels, 64, policy.device)
+        split_rows = min(max_rows, max_split_rows(kv_heads=self.config.num_key_value_heads))
+        self.workspace = make_workspace(split_rows, heads, channels, max_context, policy.device)
         # A list takes each decode layer's choices int [b, k]; of a captured step, where every replay puts them.
         self.routes: list[Tensor] | None = None
 

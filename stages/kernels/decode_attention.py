@@ -4,6 +4,8 @@ What a GEMM leaves to do between the projections and the attention is done here:
 storing the new key and value. Nothing waits for the host and nothing is allocated but `out`, so that a CUDA graph can
 hold it; how far the cache is read follows from `positions` when the graph is replayed.
 
+Batch invariant: on the Triton path a row's output has the same bits in any company and at any `splits`.
+
 Paths: the Triton kernel on a GPU (and in Triton's interpreter), the plain oracle on a CPU without it. No gradients.
 Shapes: b rows of the step, H query heads, K key/value heads, C channels, r LoRA rank (0: none), P pages of a slot.
 """
@@ -17,6 +19,8 @@ from torch import Tensor
 from stages.kernels import reference
 
 MULTIPROCESSORS = 132  # of an H100 or H200; other cards want another number of programs, none a very different one
+CHUNK_KEYS = 128  # keys whose softmax starts from nothing; more in a row that would have over MAX_CHUNKS of them
+MAX_CHUNKS = 64
 MAX_GROUP = 16  # query heads of a KV head that one program takes
 
 
@@ -32,15 +36,22 @@ class LoraB(NamedTuple):
 class Workspace(NamedTuple):
     """What splits leave for the last of them to add up, float32; `tickets` int32 are 0 between launches."""
 
-    sums: Tensor  # [pairs * H * C], a pair being a row and a split
+    sums: Tensor  # [pairs * H * C], a pair being a row and a chunk
     largest: Tensor  # [pairs * H]
     total: Tensor  # [pairs * H]
     tickets: Tensor  # [max_rows * H]
 
 
-def make_workspace(max_rows: int, heads: int, channels: int, max_splits: int, device: torch.device | str) -> Workspace:
-    """Memory for every launch whose rows * splits is at most max(max_rows, max_splits, 128); one launch at a time."""
-    pairs = max(max_rows, max_splits, 128)
+def max_chunks(max_context: int) -> int:
+    """The most chunks that a row of up to `max_context` tokens has."""
+    return max(1, min(MAX_CHUNKS, -(-max_context // CHUNK_KEYS)))
+
+
+def make_workspace(max_rows: int, heads: int, channels: int, max_context: int, device: torch.device | str) -> Workspace:
+    """Memory for launches in splits of up to max_rows rows, their page tables for max_context tokens; one launch at a
+    time. 64 heads of 64 channels take 1 MiB a row.
+    """
+    pairs = max_rows * max_chunks(max_context)
     sums, largest, total = (
         torch.empty(pairs * size, dtype=torch.float32, device=device) for size in (heads * channels, heads, heads)
     )
@@ -48,11 +59,16 @@ def make_workspace(max_rows: int, heads: int, channels: int, max_splits: int, de
 
 
 def splits_for(num_rows: int, max_context: int, *, kv_heads: int = 8, multiprocessors: int = MULTIPROCESSORS) -> int:
-    """Into how many pieces a full layer's keys are cut so that a small batch fills the card: two programs a processor,
-    and no piece of fewer than 64 keys. Large batches are not cut (a window of 128 never is).
+    """Among how many programs the chunks of a full layer's row are shared, so that a small batch fills the card: about
+    one a processor. Large batches are not split (a window of 128 never is).
     """
     wanted = multiprocessors // (kv_heads * num_rows)
-    return max(1, min(wanted, -(-max_context // 64)))
+    return max(1, min(wanted, max_chunks(max_context)))
+
+
+def max_split_rows(*, kv_heads: int = 8, multiprocessors: int = MULTIPROCESSORS) -> int:
+    """The largest batch that `splits_for` splits."""
+    return max(1, multiprocessors // (2 * kv_heads))
 
 
 def decode_attention(
@@ -85,7 +101,7 @@ def decode_attention(
     page_table int32 [slots, P] and keys, values [pages, K, page, C]: tokens i * page ... of a slot are in page
     page_table[slot, i]; all 0 ... position are visible. page_table None and keys, values [slots, K, W, C]: token p lies
     at p % W, and the last W are visible, the new one among them. Keys carry RoPE.
-    splits: pieces of each row's keys, which other programs take (`splits_for`); above 1 needs a `workspace`.
+    splits: programs among which each row's chunks are shared (`splits_for`); above 1 needs a `workspace`.
     launch_pdl: programmatic dependent launch; everything but qkv must have been written before the previous kernel
     began. Raises ValueError on what does not fit; what positions and page_table hold is the caller's word.
     """
@@ -125,9 +141,11 @@ def decode_attention(
     if splits > 1:
         if workspace is None:
             raise ValueError("more than one split needs a workspace: make_workspace(...)")
-        if num_rows * splits * heads > workspace.total.numel() or num_rows * kv_heads > workspace.tickets.numel():
+        assert page_table is not None
+        chunks = max_chunks(page_table.shape[1] * page)
+        if num_rows * chunks * heads > workspace.total.numel() or num_rows * kv_heads > workspace.tickets.numel():
             room = workspace.total.numel() // heads
-            raise ValueError(f"{num_rows} rows of {splits} splits; the workspace holds {room}: see make_workspace")
+            raise ValueError(f"{num_rows} rows of {chunks} chunks; the workspace holds {room}: see make_workspace")
     shared: dict[str, Any] = {
         "sinks": sinks, "cos": cos, "sin": sin, "keys": keys, "values": values, "rows": rows, "positions": positions,
         "page_table": page_table, "scale": scale, "bias": bias, "lora": lora,

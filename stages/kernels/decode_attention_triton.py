@@ -2,14 +2,16 @@
 
 A program is one (KV head, row, split): the G query heads that share a KV head are the rows of one matrix product,
 padded to 16. It projects what the GEMM left over (bias, LoRA's second factor), rotates, stores the new key and value,
-and runs an online softmax over its split of the cache; the new token is the first key of split 0 and is never read
-back. The last program of a row to finish (a ticket tells) adds the splits up in their own order, so the sum does not
-depend on who was last. Split-KV: Dao et al. 2023, "Flash-Decoding".
+and runs an online softmax over its chunks of the cache; the new token is the first key of chunk 0 and is never read
+back. Split-KV: Dao et al. 2023, "Flash-Decoding".
 
-The first tile of keys and values is asked for before the query is projected (EARLY): at small batches the step is a
-chain of memory latencies, and that takes one out. Scores are kept in units of log2 e.
+A row's bits do not depend on its company. Where a row's keys are cut into chunks follows from its position alone, each
+chunk's softmax starts from nothing, and the chunks are folded in order, one by one: by the program itself if it has
+them all, else by the last of the row's programs to finish (a ticket tells), from what they stored. Both are the same
+compiled kernel, without fused multiply-adds, so that no choice of the compiler's tells them apart.
 
-Covers bf16, fp16 and float32 (without tensor cores). C must be a power of two of 16 or more, G at most 16.
+Scores are kept in units of log2 e. Covers bf16, fp16 and float32 (without tensor cores). C must be a power of two of 16
+or more, G at most 16.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from stages.kernels.decode_attention import CHUNK_KEYS, MAX_CHUNKS, max_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 QUERY_ROWS: tl.constexpr = tl.constexpr(16)  # the least rows of a tensor-core product
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NOTHING: tl.constexpr = tl.constexpr(-1.0e38)  # below every score, and finite: differences of it are no NaN
+TOGETHER: tl.constexpr = tl.constexpr(8)  # stored chunks that are asked for at once
 
 
 @triton.jit
@@ -85,6 +90,17 @@ def _tile(query, key, value, visible, largest, total, sums, scale, WIDE: tl.cons
 
 
 @triton.jit
+def _fold(largest, total, sums, part_largest, part_total, part_sums):
+    """The softmax over the keys of both, elementwise: largest and total [G], sums [G, C]."""
+    raised = tl.maximum(largest, part_largest)
+    shrink = tl.exp2(largest - raised)
+    share = tl.exp2(part_largest - raised)
+    total = total * shrink + part_total * share
+    sums = sums * shrink[:, None] + part_sums * share[:, None]
+    return raised, total, sums
+
+
+@triton.jit
 def _finish(
     out, sinks, head, largest, total, sums, G: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -101,7 +117,7 @@ def _finish(
 
 # What is not specialised on would only compile the same code again, for another page table.
 @triton.jit(
-    do_not_specialize=["table_stride", "splits"],
+    do_not_specialize=["table_stride", "splits", "room"],
     do_not_specialize_on_alignment=["rows", "positions", "page_table", "tickets"],
 )
 def decode_kernel(
@@ -119,14 +135,15 @@ def decode_kernel(
     rows,  # [b]
     positions,  # [slots + 1]
     page_table,  # [slots + 1, P]
-    partial_sums,  # [b * splits, K, G, C]
-    partial_largest,  # [b * splits, K, G]
+    partial_sums,  # [b * room, K, G, C]
+    partial_largest,  # [b * room, K, G]
     partial_total,
     tickets,  # [b, K]
     out_stride,
     qkv_stride,
     table_stride,
     splits,
+    room,  # chunks of a row that the workspace has place for
     scale,  # of scores, times log2 e
     lora_scale,
     K: tl.constexpr,
@@ -137,32 +154,36 @@ def decode_kernel(
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,  # RANK rounded up to a power of two
-    SPLIT: tl.constexpr,  # whether splits can be more than 1
-    BLOCK: tl.constexpr,  # keys of a tile, divides PAGE
+    BLOCK: tl.constexpr,  # keys of a tile, divides PAGE and CHUNK
+    CHUNK: tl.constexpr,  # keys of a chunk while there are no more than MAX_CHUNKS of them
+    MAX_CHUNKS: tl.constexpr,
     FLIGHT: tl.constexpr,  # tiles asked for before the one at hand is needed
-    EARLY: tl.constexpr,
-    CHUNK: tl.constexpr,  # splits added up at once
     PDL: tl.constexpr,
     WIDE: tl.constexpr,  # bf16 by way of float32, for the interpreter
     ROWS: tl.constexpr = QUERY_ROWS,
 ):
     head, row = tl.program_id(0), tl.program_id(1)
-    split = tl.program_id(2) if SPLIT else 0
+    split = 0 if RING else tl.program_id(2)
     HALF: tl.constexpr = C // 2
     HEADS: tl.constexpr = K * G
     slot = tl.load(rows + row).to(tl.int64)
     position = tl.load(positions + slot)
 
-    # Which tiles this split has. A ring's slot of the new token holds the key that just left the window.
+    # Which tiles this program has. A ring's slot of the new token holds the key that just left the window.
     num_keys = tl.minimum(position, PAGE) if RING else position
     evicted = position % PAGE if RING else -1
-    num_blocks = tl.cdiv(num_keys, BLOCK)
-    per_split = tl.cdiv(num_blocks, splits) if SPLIT else num_blocks
-    used_splits = tl.maximum(tl.cdiv(num_blocks, tl.maximum(per_split, 1)), 1)
-    first = split * per_split
-    last = tl.minimum(first + per_split, num_blocks)
-    if split >= used_splits:
-        return
+    num_blocks = tl.maximum(tl.cdiv(num_keys, BLOCK), 1)  # the first token's is an empty one
+    first, last = 0, num_blocks
+    if not RING:
+        per_chunk = tl.maximum(tl.cdiv(num_keys, MAX_CHUNKS * CHUNK), 1) * (CHUNK // BLOCK)
+        num_chunks = tl.cdiv(num_blocks, per_chunk)
+        per_split = tl.cdiv(num_chunks, splits)
+        used_splits = tl.cdiv(num_chunks, per_split)
+        alone = used_splits == 1
+        first = split * per_split * per_chunk
+        last = tl.minimum(first + per_split * per_chunk, num_blocks)
+        if split >= used_splits:
+            return
 
     half = tl.arange(0, HALF)
     channel = tl.arange(0, C)
@@ -173,16 +194,6 @@ def decode_kernel(
     rotation_cos = tl.load(cos + position.to(tl.int64) * HALF + half)
     rotation_sin = tl.load(sin + position.to(tl.int64) * HALF + half)
 
-    page = slot
-    if EARLY:
-        if not RING:
-            page = tl.load(table + first * BLOCK // PAGE, mask=first < last, other=0).to(tl.int64)
-        tile = (page * K + head) * (PAGE * C) + (first * BLOCK) % PAGE * C
-        early_at = first * BLOCK + token
-        early_visible = (early_at < num_keys) & (early_at != evicted) & (first < last)
-        early_key = tl.load(keys + tile + within, mask=early_visible[:, None], other=0.0)
-        early_value = tl.load(values + tile + within, mask=early_visible[:, None], other=0.0)
-        first += 1
     if PDL:  # everything above was written by kernels before the last one
         gdc_wait()
         gdc_launch_dependents()
@@ -238,72 +249,80 @@ def decode_kernel(
         total += 1.0
         sums += new_value.to(tl.float32)[None, :]
 
-    if EARLY:
-        largest, total, sums = _tile(query, early_key, early_value, early_visible, largest, total, sums, scale, WIDE)
-    if not (RING and EARLY and BLOCK == PAGE):  # then the whole window was the first tile
-        # A page's number is a load that another load waits for, and the pipeliner shares its stages between the two.
-        STAGES: tl.constexpr = FLIGHT + 1 if RING else 2 * FLIGHT + 1
-        for block in tl.range(first, last, num_stages=STAGES):
-            page = slot
-            if not RING:
-                page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
-            tile = (page * K + head) * (PAGE * C) + (block * BLOCK) % PAGE * C
+    if RING:
+        for block in tl.range(first, last, num_stages=FLIGHT + 1):
+            tile = (slot * K + head) * (PAGE * C) + block * BLOCK * C
             at = block * BLOCK + token
             visible = (at < num_keys) & (at != evicted)
             key = tl.load(keys + tile + within, mask=visible[:, None], other=0.0)
             value = tl.load(values + tile + within, mask=visible[:, None], other=0.0)
             largest, total, sums = _tile(query, key, value, visible, largest, total, sums, scale, WIDE)
-
-    if SPLIT and used_splits > 1:
-        mine = (row * splits + split) * K + head
-        tl.store(partial_largest + mine * G + group, largest, mask=group < G)
-        tl.store(partial_total + mine * G + group, total, mask=group < G)
-        spot = mine * (G * C) + group[:, None] * C + channel[None, :]
-        tl.store(partial_sums + spot, sums, mask=group[:, None] < G)
-        tl.debug_barrier()  # every thread's part is written before one thread says so
-        ticket = tl.atomic_add(tickets + row * K + head, 1, sem="acq_rel")
-        if ticket == used_splits - 1:
-            tl.store(tickets + row * K + head, 0)  # for the next launch
-            largest = tl.full((ROWS,), NOTHING, tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
-            sums = tl.zeros((ROWS, C), tl.float32)
-            for start in range(0, used_splits, CHUNK):
-                part = start + tl.arange(0, CHUNK)
-                there = (part[:, None] < used_splits) & (group[None, :] < G)
-                stat = ((row * splits + part[:, None]) * K + head) * G + group[None, :]
-                part_largest = tl.load(partial_largest + stat, mask=there, other=NOTHING, cache_modifier=".cg")
-                part_total = tl.load(partial_total + stat, mask=there, other=0.0, cache_modifier=".cg")
-                spots = stat[:, :, None] * C + channel[None, None, :]
-                part_sums = tl.load(partial_sums + spots, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-                raised = tl.maximum(largest, tl.max(part_largest, axis=0))
-                shrink = tl.exp2(largest - raised)
-                share = tl.exp2(part_largest - raised[None, :])
-                total = total * shrink + tl.sum(part_total * share, axis=0)
-                sums = sums * shrink[:, None] + tl.sum(part_sums * share[:, :, None], axis=0)
-                largest = raised
-            _finish(out + row.to(tl.int64) * out_stride, sinks, head, largest, total, sums, G, C, ROWS, WIDE)
-    else:
         _finish(out + row.to(tl.int64) * out_stride, sinks, head, largest, total, sums, G, C, ROWS, WIDE)
+    else:
+        row_largest = tl.full((ROWS,), NOTHING, tl.float32)
+        row_total = tl.zeros((ROWS,), tl.float32)
+        row_sums = tl.zeros((ROWS, C), tl.float32)
+        chunk = row * room + split * per_split
+        left = per_chunk
+        # A page's number is a load that another load waits for, and the pipeliner shares its stages between the two.
+        for block in tl.range(first, last, num_stages=2 * FLIGHT + 1):
+            page = tl.load(table + block * BLOCK // PAGE).to(tl.int64)
+            tile = (page * K + head) * (PAGE * C) + (block * BLOCK) % PAGE * C
+            visible = block * BLOCK + token < num_keys
+            key = tl.load(keys + tile + within, mask=visible[:, None], other=0.0)
+            value = tl.load(values + tile + within, mask=visible[:, None], other=0.0)
+            largest, total, sums = _tile(query, key, value, visible, largest, total, sums, scale, WIDE)
+            left -= 1
+            if (left == 0) | (block == last - 1):
+                if alone:
+                    row_largest, row_total, row_sums = _fold(row_largest, row_total, row_sums, largest, total, sums)
+                else:
+                    stat = (chunk * K + head) * G + group
+                    tl.store(partial_largest + stat, largest, mask=group < G)
+                    tl.store(partial_total + stat, total, mask=group < G)
+                    spots = partial_sums + stat[:, None] * C + channel[None, :]
+                    tl.store(spots, sums, mask=group[:, None] < G)
+                largest = tl.full((ROWS,), NOTHING, tl.float32)
+                total = tl.zeros((ROWS,), tl.float32)
+                sums = tl.zeros((ROWS, C), tl.float32)
+                chunk += 1
+                left = per_chunk
+
+        finished = alone
+        if not alone:
+            tl.debug_barrier()  # every thread's part is written before one thread says so
+            ticket = tl.atomic_add(tickets + row * K + head, 1, sem="acq_rel")
+            finished = ticket == used_splits - 1
+            if finished:
+                tl.store(tickets + row * K + head, 0)  # for the next launch
+                for start in range(0, num_chunks, TOGETHER):
+                    for offset in tl.static_range(TOGETHER):
+                        there = (group < G) & (start + offset < num_chunks)
+                        stat = ((row * room + start + offset) * K + head) * G + group
+                        part_largest = tl.load(partial_largest + stat, mask=there, other=NOTHING, cache_modifier=".cg")
+                        part_total = tl.load(partial_total + stat, mask=there, other=0.0, cache_modifier=".cg")
+                        spots = partial_sums + stat[:, None] * C + channel[None, :]
+                        part_sums = tl.load(spots, mask=there[:, None], other=0.0, cache_modifier=".cg")
+                        row_largest, row_total, row_sums = _fold(
+                            row_largest, row_total, row_sums, part_largest, part_total, part_sums
+                        )
+        if finished:
+            place = out + row.to(tl.int64) * out_stride
+            _finish(place, sinks, head, row_largest, row_total, row_sums, G, C, ROWS, WIDE)
 
 
 class Plan(NamedTuple):
-    """How the work is cut; none of it changes the result but by the order of sums."""
+    """How a kind of layer is computed. `block` and `warps` set the order of sums, and with it the last bits."""
 
-    block: int = 64  # keys of a tile, a power of two of 16 or more
+    block: int = 64  # keys of a tile, a power of two of 16 or more that divides CHUNK_KEYS
     warps: int = 4
-    flight: int = 3  # tiles in flight
-    early: bool = False  # the first tile is asked for before the query is known
-    chunk: int = 8  # splits that the last program adds up at once
+    flight: int = 2  # tiles in flight
     registers: int | None = None  # at most so many a thread
 
 
-def plan_for(num_rows: int, *, ring: bool) -> Plan:
-    """The plan for a bucket of rows."""
-    if ring:
-        return Plan(block=128, flight=1)
-    if num_rows <= 8:
-        return Plan(block=128, flight=2)
-    return Plan(block=64, flight=2)
+def plan_for(*, ring: bool) -> Plan:
+    """The plan of a window's or a full layer, the same for any number of rows: see `Plan`."""
+    return Plan(block=128, flight=1) if ring else Plan()
 
 
 def launch(
@@ -332,10 +351,11 @@ def launch(
     was written (programmatic dependent launch).
     """
     num_rows, (_, kv_heads, page, channels) = rows.shape[0], keys.shape
-    plan = plan or plan_for(num_rows, ring=page_table is None)
+    ring = page_table is None
+    plan = plan or plan_for(ring=ring)
     block = min(plan.block, page)
+    assert ring or CHUNK_KEYS % block == 0
     rank = lora.q.shape[1] if lora else 0
-    split = splits > 1
     unused = qkv  # stands where a pointer is not read
     interpreted = triton.knobs.runtime.interpret
     decode_kernel[(kv_heads, num_rows, splits)](
@@ -353,32 +373,34 @@ def launch(
         rows,
         positions,
         rows if page_table is None else page_table,
-        workspace.sums if workspace and split else unused,
-        workspace.largest if workspace and split else unused,
-        workspace.total if workspace and split else unused,
-        workspace.tickets if workspace and split else rows,
+        # What stands for them is of the same type: with and without a workspace it is one compiled kernel.
+        workspace.sums if workspace else cos,
+        workspace.largest if workspace else cos,
+        workspace.total if workspace else cos,
+        workspace.tickets if workspace else rows,
         out.stride(0),
         qkv.stride(0),
         0 if page_table is None else page_table.stride(0),
         splits,
+        0 if page_table is None else max_chunks(page_table.shape[1] * page),
         scale * LOG2_E.value,
         lora.scale if lora else 0.0,
         K=kv_heads,
         G=sinks.shape[0] // kv_heads,
         C=channels,
         PAGE=page,
-        RING=page_table is None,
+        RING=ring,
         BIAS=bias is not None,
         RANK=rank,
         RANKS=triton.next_power_of_2(max(rank, 1)),
-        SPLIT=split,
         BLOCK=block,
+        CHUNK=CHUNK_KEYS,
+        MAX_CHUNKS=MAX_CHUNKS,
         FLIGHT=plan.flight,
-        EARLY=plan.early,
-        CHUNK=plan.chunk,
         PDL=launch_pdl and not interpreted,
         WIDE=interpreted,
         num_warps=plan.warps,
+        enable_fp_fusion=False,
         **({"launch_pdl": True} if launch_pdl and not interpreted else {}),
         **({"maxnreg": plan.registers} if plan.registers and not interpreted else {}),
     )

@@ -5,6 +5,10 @@ to the mask's blocks, and what tells prompts apart lies in tensors. Which blocks
 worked out from the lengths, not by trying every pair, and kept for the layers and chunks that follow. On a CPU it is
 the plain path of kernels/attention.py, prompt by prompt.
 
+Batch invariant: for the kernel each prompt is moved to the beginning of a block, so that its keys meet its queries in
+the same tiles and order, and give the same bits, whatever it is packed with. Chunks of a prompt that begin at multiples
+of BLOCK do so too.
+
 No gradients yet. Shapes: T queries, L keys, H query heads, K key/value heads, C channels.
 """
 
@@ -44,8 +48,17 @@ class PackedDocs(NamedTuple):
         return self.past + self.num_queries
 
 
+class Layout(NamedTuple):
+    """Where the tokens of packed prompts lie in the kernel's order, in which each prompt begins a block; int64."""
+
+    sources: Tensor  # [padded T], a prompt's last token in the padding after it
+    places: Tensor  # [T]
+
+
 class Mask(NamedTuple):
-    """A document mask in tensors: query i sees keys first[i] ... last[i]; the lists are those of a BlockMask, int32."""
+    """A document mask in tensors, in the kernel's order (`Layout`): query i sees keys first[i] ... last[i]; the lists
+    are those of a BlockMask, int32.
+    """
 
     first: Tensor  # [T], T and L padded to blocks
     last: Tensor  # [T]
@@ -99,12 +112,22 @@ def _attend(
     docs: PackedDocs,
     compiled: bool,
 ) -> Tensor:
-    mask = mask_of(docs, window, query.device)
+    mask, layout = mask_of(docs, window, query.device), layout_of(docs, query.device)
     num_queries, num_keys = mask.first.shape[0], mask.partial.shape[3] * BLOCK
-    length = query.shape[0]
-    query, key, value = _padded(query, num_queries), _padded(key, num_keys), _padded(value, num_keys)
+    query, key, value = (x.detach() for x in (query, key, value))
+    if layout is None:
+        length = query.shape[0]
+        query, key, value = _padded(query, num_queries), _padded(key, num_keys), _padded(value, num_keys)
+        return _run(query, key, value, sinks, mask, scale, compiled=compiled)[:length]
+    query, key, value = (x.index_select(0, layout.sources) for x in (query, key, value))
+    return _run(query, key, value, sinks, mask, scale, compiled=compiled).index_select(0, layout.places)
+
+
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Mask, scale: float, *, compiled: bool
+) -> Tensor:
     if not compiled:
-        return _flex(query, key, value, sinks.detach(), mask, scale)[:length]
+        return _flex(query, key, value, sinks.detach(), mask, scale)
     for tensor in (query, key, value, mask.first, mask.last):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     for tensor in mask[2:]:
@@ -113,12 +136,11 @@ def _attend(
         torch._dynamo.maybe_mark_dynamic(tensor, 3)
     # Else as many queries as keys in the first call would mean a second compilation for a chunk, where they differ.
     with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-        return _compiled()(query, key, value, sinks.detach(), mask, scale)[:length]
+        return _compiled()(query, key, value, sinks.detach(), mask, scale)
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
     """x [N, heads, C] as contiguous [length, heads, C], zeros at its end."""
-    x = x.detach()
     return x.contiguous() if x.shape[0] == length else F.pad(x, (0, 0, 0, 0, 0, length - x.shape[0]))
 
 
@@ -164,15 +186,37 @@ def _flex(
     return (out.float() * share.unsqueeze(-1)).to(out.dtype)[0].transpose(0, 1)
 
 
+def _spread(docs: PackedDocs) -> tuple[Tensor, Tensor, Tensor]:
+    """For each query in the kernel's order, padding being its prompt's last token again: the prompt's number, the
+    token's number within it, and the place where the prompt begins.
+    """
+    lengths = torch.tensor(docs.lengths)
+    room = (lengths + BLOCK - 1) // BLOCK * BLOCK
+    room[-1] += max(0, LEAST - int(room.sum()))
+    begins = room.cumsum(0) - room
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), room)
+    within = torch.minimum(torch.arange(len(owner)) - begins[owner], lengths[owner] - 1)
+    return owner, within, begins[owner]
+
+
+@functools.lru_cache(maxsize=MASKS_KEPT)
+def layout_of(docs: PackedDocs, device: torch.device) -> Layout | None:
+    """The kernel's order of `docs`; None where it is the given one, with padding at the end alone."""
+    if not any(length % BLOCK for length in docs.lengths[:-1]):
+        return None
+    lengths = torch.tensor(docs.lengths)
+    owner, within, begins = _spread(docs)
+    sources = (lengths.cumsum(0) - lengths)[owner] + within
+    real = torch.arange(len(owner)) == begins + within
+    return Layout(sources.to(device), real.nonzero().squeeze(1).to(device))
+
+
 @functools.lru_cache(maxsize=MASKS_KEPT)
 def mask_of(docs: PackedDocs, window: int | None, device: torch.device) -> Mask:
-    """The mask of `docs` on `device`. Padding queries see what the last query sees."""
-    num_queries, num_keys = (max(LEAST, -(-n // BLOCK) * BLOCK) for n in (docs.num_queries, docs.num_keys))
-    lengths = torch.tensor(docs.lengths)
-    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    query_at = torch.arange(num_queries).clamp(max=docs.num_queries - 1)
-    last = query_at + docs.past
-    first = starts[query_at]
+    """The mask of `docs` on `device`. Padding sees what the last query of the prompt before it sees."""
+    _, within, begins = _spread(docs)
+    num_keys = max(LEAST, -(-docs.num_keys // BLOCK) * BLOCK) if docs.past else len(within)
+    first, last = begins, begins + within + docs.past
     if window is not None:
         first = torch.maximum(first, last - window + 1)
 

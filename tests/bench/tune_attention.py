@@ -2,9 +2,10 @@
 
     python3 tests/bench/tune_attention.py --out attention.json
 
-Decode: every variant of (block, warps, tiles in flight, early, splits) for each (rows, context) and for window layers,
-in TB/s of keys and values, by replaying a CUDA graph over enough caches that none is still in the L2. Prefill:
-prompts packed without padding, and a chunk of a long prompt. Kernels are compiled by several processes at once first.
+Decode: for each (rows, context), and for window layers, the plan there is, programs a row (splits), and a few plans
+beside it, in TB/s of keys and values, by replaying a CUDA graph over enough caches that none is still in the L2. What
+may differ between batches, splits and tiles in flight, must not change a bit. Prefill (--prefill): packed prompts, and
+a chunk of a long one. Kernels are compiled by several processes at once first.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from stages.kernels import reference
-from stages.kernels.decode_attention import LoraB, make_workspace, splits_for
+from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
 from stages.kernels.decode_attention_triton import Plan, launch, plan_for
 from stages.kernels.prefill_attention import PackedDocs, prefill_attention
 
@@ -34,18 +35,13 @@ HEADS, KV_HEADS, CHANNELS, PAGE, WINDOW, RANK = 64, 8, 64, 128, 128, 16
 COLD_BYTES = 300_000_000  # caches that a graph goes through, several times the L2
 CASES = ((1, 1024), (16, 1024), (64, 4096), (256, 1024))
 
-FULL = [Plan(b, w, f, e) for b, w, f, e in (
-    (64, 4, 2, False), (64, 4, 3, False), (64, 4, 4, False), (64, 4, 3, True), (64, 2, 3, False), (64, 8, 3, False),
-    (128, 4, 2, False), (128, 4, 3, False), (128, 8, 2, False), (32, 2, 4, False), (32, 4, 4, False), (32, 1, 4, False),
-)]  # fmt: skip
-SPLIT = [Plan(b, w, f, e, c) for b, w, f, e, c in (
-    (64, 4, 2, True, 8), (64, 4, 2, False, 8), (64, 4, 3, False, 8), (64, 8, 2, True, 8), (64, 4, 2, True, 4),
-    (32, 4, 2, True, 8), (32, 2, 3, True, 8), (128, 8, 2, True, 8), (128, 4, 2, False, 8), (64, 8, 2, True, 16),
-)]  # fmt: skip
-RING = [Plan(b, w, f, e) for b, w, f, e in (
-    (128, 8, 1, True), (128, 4, 1, True), (128, 4, 1, False), (128, 8, 1, False), (64, 4, 2, True), (64, 4, 2, False),
-    (64, 2, 2, False), (64, 4, 1, True), (32, 2, 4, False),
-)] + [Plan(128, 4, 1, True, registers=128), Plan(64, 4, 2, True, registers=128)]  # fmt: skip
+FULL = [Plan(), Plan(flight=3), Plan(flight=1), Plan(registers=112), Plan(registers=96), Plan(block=128)]
+RING = [plan_for(ring=True), Plan(128, flight=1, registers=80), Plan(64, flight=1)]
+
+
+def same_bits(plan: Plan, base: Plan) -> bool:
+    """Whether the two differ only in what does not set the order of sums."""
+    return (plan.block, plan.warps) == (base.block, base.warps)
 
 
 def inputs(
@@ -116,13 +112,13 @@ def check() -> list[dict[str, Any]]:
         (False, 8, [1, 127, 128, 129, 1000, 4097]),
         (True, 1, [1, 127, 128, 129, 130, 4097]),
     ):
-        for plan in (None, *([RING[0], RING[4]] if ring else [FULL[0], SPLIT[0], FULL[10]])):
+        for plan in RING if ring else (FULL[0], FULL[-1]):
             qkv, arguments = inputs(len(lengths), max(lengths), ring=ring, caches=1)[0]
             arguments["positions"][: len(lengths)] = torch.tensor(lengths, device="cuda") - 1
             expected = oracle(qkv, arguments, torch.float64)
             plain = oracle(qkv, arguments, torch.bfloat16)
             out = torch.empty_like(plain)
-            workspace = make_workspace(16, HEADS, CHANNELS, 32, "cuda")
+            workspace = make_workspace(len(lengths), HEADS, CHANNELS, max(lengths), "cuda")
             launch(out, qkv, **arguments, splits=splits, workspace=workspace, plan=plan)
             error, bar = float((out - expected).abs().max()), float((plain - expected).abs().max())
             results.append({"ring": ring, "splits": splits, "plan": plan, "error": error, "plain_error": bar})
@@ -132,9 +128,28 @@ def check() -> list[dict[str, Any]]:
     return results
 
 
-def measure(rows: int, context: int, *, ring: bool, plan: Plan, splits: int, layers: list[Any], **more: Any) -> float:
+def company() -> dict[str, Any]:
+    """Checks that 256 rows have the same bits in smaller batches and in splits; exits when they have not."""
+    for ring in (False, True):
+        qkv, arguments = inputs(256, 1500, ring=ring, caches=1)[0]
+        arguments["positions"][:256] = torch.arange(256, device="cuda") * 131 % 1500
+        whole = decode_attention(qkv, **arguments)
+        for num_rows in (1, 7, 16, 64, 256):
+            for splits in (1,) if ring else (1, 2, 3, 8, 16):
+                few = {**arguments, "rows": arguments["rows"][:num_rows]}
+                workspace = make_workspace(num_rows, HEADS, CHANNELS, 1536, "cuda")
+                for launch_pdl in (False, True):
+                    out = decode_attention(
+                        qkv[:num_rows], **few, splits=splits, workspace=workspace, launch_pdl=launch_pdl
+                    )
+                    assert torch.equal(out, whole[:num_rows]), f"ring={ring}, {num_rows} rows, {splits} splits"
+    print("company: a row has the same bits among 1, 7, 16, 64 and 256 rows and in 1 to 16 splits", flush=True)
+    return {"equal": True}
+
+
+def measure(rows: int, context: int, *, plan: Plan, splits: int, layers: list[Any], **more: Any) -> float:
     """Microseconds of one launch."""
-    workspace = make_workspace(256, HEADS, CHANNELS, 64, "cuda")
+    workspace = make_workspace(rows, HEADS, CHANNELS, context, "cuda") if splits > 1 else None
     out = torch.empty(rows, HEADS * CHANNELS, dtype=torch.bfloat16, device="cuda")
 
     def body() -> None:
@@ -145,55 +160,47 @@ def measure(rows: int, context: int, *, ring: bool, plan: Plan, splits: int, lay
 
 
 def sweep(rows: int, context: int, *, ring: bool, deadline: float) -> list[dict[str, Any]]:
-    """Every variant of one case, best first."""
+    """Every variant of one case, the one in use first."""
     visible = min(context, WINDOW) if ring else context
     num_bytes = rows * visible * 2 * KV_HEADS * CHANNELS * 2
     layers = inputs(rows, context, ring=ring, caches=max(2, min(48, COLD_BYTES // num_bytes)))
-    default = splits_for(rows, context)
-    if ring:
-        variants = [(plan, 1) for plan in RING]
-    elif rows <= 16:
-        wanted = sorted({s for s in (default, default // 2, default * 2, 16, 4, 8) if 2 <= s <= 64 and s * rows <= 128})
-        variants = [(plan, s) for s in wanted for plan in SPLIT] + [(plan, 1) for plan in FULL[:2]]
-    else:
-        variants = [(plan, 1) for plan in FULL] + [(SPLIT[1], 2)]
-    chosen = (plan_for(rows, ring=ring), 1 if ring else default)
-    variants = [chosen, *(v for v in variants if v != chosen)]
+    default = 1 if ring else splits_for(rows, context)
+    plans = RING if ring else FULL
+    others = () if ring else {1: (1, 2, 4), 16: (2, 4)}.get(rows, (2,))
+    variants = [(plans[0], default), *((plans[0], n) for n in others if n != default)]
+    variants += [(plan, default) for plan in plans[1:]]
+    pdl = {"launch_pdl": True} if rows <= 16 else {}
     out = torch.empty(rows, HEADS * CHANNELS, dtype=torch.bfloat16, device="cuda")
-    workspace = make_workspace(256, HEADS, CHANNELS, 64, "cuda")
-    results, base = [], None
+    results: list[dict[str, Any]] = []
+    base = None
     for plan, splits in variants:
         if time.monotonic() > deadline:
             print("out of time: the rest of the variants is left out", flush=True)
             break
+        workspace = make_workspace(rows, HEADS, CHANNELS, context, "cuda") if splits > 1 else None
         line = {"rows": rows, "context": context, "ring": ring, "splits": splits, **plan._asdict()}
         try:
             launch(out, layers[0][0], **layers[0][1], splits=splits, workspace=workspace, plan=plan)
-            base = out.clone() if base is None else base
-            difference = float((out.float() - base.float()).abs().max() / base.float().abs().max())
-            us = measure(rows, context, ring=ring, plan=plan, splits=splits, layers=layers)
+            torch.cuda.synchronize()
+            us = measure(rows, context, plan=plan, splits=splits, layers=layers)
+            pdl_us = measure(rows, context, plan=plan, splits=splits, layers=layers, **pdl) if pdl else None
         except Exception as error:  # a variant that does not fit the card is no reason to stop
             print(f"failed {line}: {str(error).splitlines()[0]}", flush=True)
-            workspace.tickets.zero_()
             continue
-        results.append({**line, "us": us, "tb_s": num_bytes / us / 1e6, "difference": difference})
-        assert difference < 0.02, f"{line} differs by {difference}"
-    best = sorted(results, key=lambda result: result["us"])
-    for mark, result in (("default", results[0]), *((f"best {i}", r) for i, r in enumerate(best[:5]))):
-        words = {k: v for k, v in result.items() if k in ("splits", *Plan._fields) and v is not None}
+        base = out.clone() if base is None else base
+        equal = torch.equal(out, base)
+        difference = float((out.float() - base.float()).abs().max() / base.float().abs().max())
+        results.append({**line, "us": us, "pdl_us": pdl_us, "tb_s": num_bytes / us / 1e6, "equal": equal})
+        bits = "same bits" if equal else f"differs {difference:.1e}"
         print(
-            f"{'ring' if ring else 'full'} {rows} x {context}: {mark:8} {result['us']:8.2f} us"
-            f" {result['tb_s']:.3f} TB/s {words}",
+            f"{'ring' if ring else 'full':4} {rows:3} x {context:4}  block {plan.block:3} flight {plan.flight}"
+            f" registers {plan.registers or '-':>3} splits {splits:2}: {us:7.2f} us {num_bytes / us / 1e6:.3f} TB/s,"
+            f" PDL {'-' if pdl_us is None else f'{pdl_us:.2f} us'}, {bits}",
             flush=True,
         )
-    plan, splits = Plan(**{k: best[0][k] for k in Plan._fields}), best[0]["splits"]
-    extras: tuple[tuple[str, dict[str, Any]], ...] = (("without LoRA", {}), ("launch_pdl", {"launch_pdl": True}))
-    for name, more in extras if rows in (1, 64) else ():  # each is a compilation
-        chosen_layers = inputs(rows, context, ring=ring, caches=len(layers), rank=0) if not more else layers
-        us = measure(rows, context, ring=ring, plan=plan, splits=splits, layers=chosen_layers, **more)
-        print(f"   best {name}: {us:.2f} us", flush=True)
-        best.append({**best[0], "variant": name, "us": us, "tb_s": num_bytes / us / 1e6})
-    return best
+        assert equal or not same_bits(plan, plans[0]), f"{line} has other bits"
+        assert difference < 0.02, f"{line} differs by {difference}"
+    return results
 
 
 def prefill(docs: PackedDocs, window: int | None, *, first: bool) -> dict[str, Any]:
@@ -245,22 +252,21 @@ def prefill(docs: PackedDocs, window: int | None, *, first: bool) -> dict[str, A
     return {"docs": docs, "window": window, "ms": ms, "tflops": tflops, "first_s": first_s, "error": error, "bar": bar}
 
 
-def compile_one(variant: tuple[Plan, bool, bool, int]) -> None:
+def compile_one(variant: tuple[Plan, bool, bool]) -> None:
     """Compiles a variant into Triton's cache on disk by launching it once."""
-    plan, ring, split, rank = variant
-    qkv, arguments = inputs(2, 256, ring=ring, caches=1, rank=rank)[0]
+    plan, ring, pdl = variant
+    qkv, arguments = inputs(2, 256, ring=ring, caches=1)[0]
     out = torch.empty(2, HEADS * CHANNELS, dtype=torch.bfloat16, device="cuda")
-    workspace = make_workspace(2, HEADS, CHANNELS, 4, "cuda")
     try:
-        launch(out, qkv, **arguments, splits=2 if split else 1, workspace=workspace, plan=plan)
+        launch(out, qkv, **arguments, splits=1, workspace=None, plan=plan, launch_pdl=pdl)
         torch.cuda.synchronize()
     except Exception as error:
         print(f"does not compile: {variant}: {str(error).splitlines()[0]}", flush=True)
 
 
 def compile_all(workers: int) -> None:
-    variants = [(plan, False, False, RANK) for plan in FULL] + [(plan, False, True, RANK) for plan in SPLIT]
-    variants += [(plan, True, False, RANK) for plan in RING]
+    kinds = [(plan, False) for plan in FULL] + [(plan, True) for plan in RING]
+    variants = [(plan, ring, pdl) for plan, ring in kinds for pdl in (False, True)]
     begin = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, variants))
@@ -270,7 +276,8 @@ def compile_all(workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every figure there as JSON")
-    parser.add_argument("--seconds", type=float, default=110, help="start no decode variant after so long (110)")
+    parser.add_argument("--seconds", type=float, default=55, help="start no decode variant after so long (55)")
+    parser.add_argument("--prefill", action="store_true", help="time prompts too: another minute")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile (8)")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
@@ -279,13 +286,15 @@ def main() -> None:
         "bench": "tune_attention", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "command": " ".join(["tests/bench/tune_attention.py", *sys.argv[1:]]),
     }  # fmt: skip
-    parts: list[tuple[str, Callable[[], Any]]] = [("check", check)]
+    parts: list[tuple[str, Callable[[], Any]]] = [("check", check), ("company", company)]
     for rows, context in CASES:
         parts.append((f"full {rows}x{context}", partial(sweep, rows, context, ring=False, deadline=deadline)))
     for rows in (1, 16, 64, 256):
         parts.append((f"ring {rows}", partial(sweep, rows, 1024, ring=True, deadline=deadline)))
     cases = (PackedDocs((512,) * 64), PackedDocs((4096,), past=32768), PackedDocs((1000,)), PackedDocs((4096,)))
     for count, (docs, window) in enumerate((docs, window) for docs in cases for window in (None, WINDOW)):
+        if not args.prefill:
+            break
         parts.append((f"prefill {docs.lengths[0]} {window} {count}", partial(prefill, docs, window, first=count == 0)))
     failures = 0
     for name, part in parts:
