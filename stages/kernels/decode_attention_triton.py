@@ -288,13 +288,18 @@ def decode_kernel(
                 chunk += 1
                 left = per_chunk
 
-        finished = alone
-        if not alone:
+        place = out + row.to(tl.int64) * out_stride
+        if alone:
+            _finish(place, sinks, head, row_largest, row_total, row_sums, G, C, ROWS, WIDE)
+        else:
             tl.debug_barrier()  # every thread's part is written before one thread says so
             ticket = tl.atomic_add(tickets + row * K + head, 1, sem="acq_rel")
-            finished = ticket == used_splits - 1
-            if finished:
+            if ticket == used_splits - 1:
                 tl.store(tickets + row * K + head, 0)  # for the next launch
+                # Tensors of their own, which take the loads' layout: in the loop's, every part crosses shared memory.
+                all_largest = tl.full((ROWS,), NOTHING, tl.float32)
+                all_total = tl.zeros((ROWS,), tl.float32)
+                all_sums = tl.zeros((ROWS, C), tl.float32)
                 for start in range(0, num_chunks, TOGETHER):
                     for offset in tl.static_range(TOGETHER):
                         there = (group < G) & (start + offset < num_chunks)
@@ -303,12 +308,10 @@ def decode_kernel(
                         part_total = tl.load(partial_total + stat, mask=there, other=0.0, cache_modifier=".cg")
                         spots = partial_sums + stat[:, None] * C + channel[None, :]
                         part_sums = tl.load(spots, mask=there[:, None], other=0.0, cache_modifier=".cg")
-                        row_largest, row_total, row_sums = _fold(
-                            row_largest, row_total, row_sums, part_largest, part_total, part_sums
+                        all_largest, all_total, all_sums = _fold(
+                            all_largest, all_total, all_sums, part_largest, part_total, part_sums
                         )
-        if finished:
-            place = out + row.to(tl.int64) * out_stride
-            _finish(place, sinks, head, row_largest, row_total, row_sums, G, C, ROWS, WIDE)
+                _finish(place, sinks, head, all_largest, all_total, all_sums, G, C, ROWS, WIDE)
 
 
 class Plan(NamedTuple):

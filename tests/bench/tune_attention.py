@@ -36,7 +36,7 @@ COLD_BYTES = 300_000_000  # caches that a graph goes through, several times the 
 CASES = ((1, 1024), (16, 1024), (64, 4096), (256, 1024))
 
 FULL = [Plan(), Plan(flight=3), Plan(flight=1), Plan(registers=112), Plan(registers=96), Plan(block=128)]
-RING = [plan_for(ring=True), Plan(128, flight=1, registers=80), Plan(64, flight=1)]
+RING = [plan_for(ring=True), Plan(64, flight=1), Plan(64, flight=2)]
 
 
 def same_bits(plan: Plan, base: Plan) -> bool:
