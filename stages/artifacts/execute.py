@@ -53,6 +53,11 @@ def decide(run: RunDir, config: RunConfig, stage: StageId, upstream_digests: Map
     return Decision("REUSE", "done, every file as recorded", key, inputs, manifest)
 
 
+def look(run: RunDir, config: RunConfig, stage: StageId) -> Decision:
+    """The decision on a stage whose upstream is done; UserError when that is missing or damaged."""
+    return decide(run, config, stage, {other: finished_digest(run, other, stage) for other in upstream_of(stage)})
+
+
 def execute(
     run: RunDir,
     config: RunConfig,
