@@ -91,9 +91,7 @@ class Crew:
             finally:
                 client.close()
         if needed and self.keeper is None:
-            self.keeper = Keeper(
-                self.config.sandbox, labels=self.run.labels(), volume=self.volume, group=os.getgid()
-            )
+            self.keeper = Keeper(self.config.sandbox, labels=self.run.labels(), volume=self.volume, group=os.getgid())
 
     def start(self, kind: str, labels: Mapping[str, str]) -> "StageContainer":
         """A container of that image, its worker about to listen."""
@@ -107,7 +105,7 @@ class Crew:
         limit = self.config.steps.memory_bytes
         home, mounts, variables = surroundings(self.run, self.config)
         options: dict[str, Any] = {
-            "command": [str(self.run.path), "--sandboxes", SANDBOXES],
+            "command": [str(self.run.path), "--sandboxes", SANDBOXES, "--image", image],
             "environment": {**variables, "HOME": home, "USER": "flexsink", "LOGNAME": "flexsink"},
             "network_disabled": True,
             "user": f"{os.getuid()}:{os.getgid()}",
@@ -359,7 +357,8 @@ def remove_volume(client: Any, name: str) -> None:
 
 
 def reap(labels: Mapping[str, str]) -> int:
-    """Removes every container and volume that bears these labels; returns how many containers. UserError without Docker."""
+    """Removes what bears these labels: containers, and then volumes. Returns how many containers; UserError without
+    Docker."""
     client = connect()
     try:
         wanted = [f"{name}={value}" for name, value in labels.items()]

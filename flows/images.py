@@ -5,10 +5,10 @@ without torch for score and report.
 
 Each is two: one with packages, made again when a package changes, and one with the project's code on top
 (containers/stages), made again within seconds when that changes. Tags are digests of what is inside. Docker works
-without a network and without BuildKit. The packages are those of this environment where the base's Python is of the same minor version; else, and
-with --pip, pip gets the locked versions with its own settings here and not in the build: a private certificate
-authority (PIP_CERT), an index (PIP_INDEX_URL), a folder of wheels (PIP_FIND_LINKS, PIP_NO_INDEX), and no secret of
-theirs ends up in an image.
+without a network and without BuildKit. The packages are those of this environment where the base's Python is of the
+same minor version; else, and with --pip, pip gets the locked versions, here and not in a build, with its own settings:
+a private certificate authority (PIP_CERT), an index (PIP_INDEX_URL), a folder of wheels (PIP_FIND_LINKS, PIP_NO_INDEX).
+No secret of theirs ends up in an image.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.artifacts.run import locked
 from stages.config import UserError
 from stages.sandbox.image import BASE_SCRIPT, CONTAINERS, connect, has_image, obtain_base
 
@@ -125,6 +126,12 @@ def require(client: Any, kind: str, note: Note, *, pip: bool = False, base: str 
     name = image_name(kind)
     if has_image(client, name):
         return name
+    with locked(Path(tempfile.gettempdir(), f"flexsink-images-{os.getuid()}.lock"), "", wait=True):
+        return name if has_image(client, name) else make(name, kind, note, pip=pip, base=base)
+
+
+def make(name: str, kind: str, note: Note, *, pip: bool, base: str) -> str:
+    """Makes the image of that name, and where it is missing the one with its packages; returns the name."""
     builder = connect(timeout=BUILD_TIMEOUT_S)
     try:
         packages = packages_name(kind)
@@ -249,7 +256,7 @@ def install(folder: Path, names: Sequence[str], *, python: str) -> None:
     command += ["--progress-bar", "off", "--no-compile", "--target", str(folder)]
     if python != version():
         command += ["--python-version", python, "--only-binary", ":all:"]
-    done = subprocess.run([*command, *locked(names, python=python)], capture_output=True, text=True)
+    done = subprocess.run([*command, *pinned(names, python=python)], capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
         raise UserError(
@@ -259,7 +266,7 @@ def install(folder: Path, names: Sequence[str], *, python: str) -> None:
         )
 
 
-def locked(names: Sequence[str], *, python: str) -> list[str]:
+def pinned(names: Sequence[str], *, python: str) -> list[str]:
     """The lines of the lock for these distributions on that Python, their conditions left out."""
     from packaging.requirements import Requirement
 
@@ -323,8 +330,9 @@ def pipe_of(fill: Callable[[tarfile.TarFile], None]) -> Iterator[Any]:
         try:
             with (
                 open(writing, "wb") as end,
-                tarfile.open(fileobj=end, mode="w|", bufsize=BUFFER_BYTES, copybufsize=BUFFER_BYTES) as tar,
+                tarfile.open(fileobj=end, mode="w|", bufsize=BUFFER_BYTES) as tar,
             ):
+                tar.copybufsize = BUFFER_BYTES  # type: ignore[attr-defined]
                 fill(tar)
         except Exception as error:  # a file that is gone, a reader that has given up: told by whoever builds
             errors.append(error)

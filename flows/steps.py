@@ -57,9 +57,7 @@ def run_stage(run: RunDir, config: RunConfig, stage: StageId, session: Session, 
     return manifest
 
 
-def in_container(
-    run: RunDir, config: RunConfig, stage: StageId, session: Session, view: View
-) -> tuple[Manifest, bool]:
+def in_container(run: RunDir, config: RunConfig, stage: StageId, session: Session, view: View) -> tuple[Manifest, bool]:
     """The stage's manifest and whether it had to be made: by the session's containers, which decide as execute does."""
     from flows.containers import Crew
 

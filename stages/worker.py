@@ -1,6 +1,6 @@
 """What runs in a stage container: does the stages of one run that it is asked for, one after the other.
 
-    python -m stages.worker RUN_DIR [--sandboxes FOLDER]
+    python -m stages.worker RUN_DIR [--sandboxes FOLDER] [--image NAME]
 
 A line of standard input asks for a stage: {"stage": ["rollout", 3, ""], "config": {...}}. What happens is told on
 standard output, a line each:
@@ -68,7 +68,7 @@ def listen(asked: "SimpleQueue[dict[str, Any]]") -> None:
     os._exit(0)
 
 
-def work(run: RunDir, session: Session, asked: dict[str, Any], tell: Tell) -> None:
+def work(run: RunDir, session: Session, asked: dict[str, Any], tell: Tell, *, image: str) -> None:
     """Does one stage and tells how it ended."""
     try:
         config, stage = RunConfig.from_dict(asked["config"]), StageId(*asked["stage"])
@@ -78,7 +78,7 @@ def work(run: RunDir, session: Session, asked: dict[str, Any], tell: Tell) -> No
         def report(progress: Progress) -> None:
             tell({"progress": [*progress[:4], dict(progress.fields)]})
 
-        execute(run, config, stage, function, session, report, runner="docker")
+        execute(run, config, stage, function, session, report, runner="docker", image=image)
         answer: dict[str, Any] = {"done": True}
     except UserError as error:
         answer = {"error": [error.message, error.hint]}
@@ -98,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.worker")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--sandboxes", type=Path, help="a folder with the sockets of sandboxes")
+    parser.add_argument("--image", default="", help="the image that this runs in, to be recorded")
     options = parser.parse_args()
     tell = teller()
     asked: SimpleQueue[dict[str, Any]] = SimpleQueue()
@@ -111,7 +112,7 @@ def main() -> None:
         if options.sandboxes:
             session.get("sandboxes", lambda: options.sandboxes)
         while True:
-            work(RunDir(options.run_dir), session, asked.get(), tell)
+            work(RunDir(options.run_dir), session, asked.get(), tell, image=options.image)
 
 
 if __name__ == "__main__":

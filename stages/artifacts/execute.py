@@ -65,10 +65,11 @@ def execute(
     function: Callable[[StageContext], None],
     session: Session,
     report: Report = silent,
-    *,
-    runner: str = "process",
+    **where: str,
 ) -> Manifest:
     """The stage's manifest: found valid, or made now by calling `function`. Its upstream must be done.
+
+    where: recorded in the manifest: the runner, and the image of a container.
 
     Errors: UserError when the upstream is missing or damaged, the disk is full, the folder cannot be written; whatever
     `function` raises. After an error the run directory is as it was, but for `.tmp-<key>`.
@@ -99,9 +100,8 @@ def execute(
         function(context)
         write_timings(context, time.perf_counter() - started)
         sync_all(temporary)
-        manifest = Manifest.of(
-            temporary, key=decision.key, inputs=decision.inputs, recorded=recorded(task=config.task.name, runner=runner)
-        )
+        made = recorded(task=config.task.name, **{"runner": "process", **where})
+        manifest = Manifest.of(temporary, key=decision.key, inputs=decision.inputs, recorded=made)
         manifest.write(temporary)
         set_aside(folder)
         os.rename(temporary, folder)

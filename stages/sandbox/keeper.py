@@ -114,6 +114,3 @@ class Keeper:
                 sandbox.hang_up()
         for thread in self.threads:
             thread.join()
-
-
-

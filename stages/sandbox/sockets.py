@@ -1,4 +1,4 @@
-"""Sandboxes that somebody else keeps, reached through their sockets: for a stage in a container, without Docker's socket.
+"""Sandboxes that another process keeps, reached through their sockets: for stages in containers, which have no Docker.
 
 keeper.py starts them. Each has a folder, named <slot>-<number>, and in it a socket while it waits for its one caller.
 A sandbox is used up when the connection is closed; its successor has a new folder. One process calls at a time.
