@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -30,8 +31,7 @@ from flows.train import loop
 from stages.artifacts import Manifest, RunDir, Session, StageId
 from stages.artifacts.stage import silent
 from stages.config import RunConfig, SandboxConfig, UserError, replace
-from stages.sandbox import Job, Limits, Outcome, open_pool
-from stages.sandbox import corpus
+from stages.sandbox import Job, Limits, Outcome, corpus, open_pool
 from stages.sandbox.attached import Attached
 from stages.sandbox.image import connect
 from stages.sandbox.keeper import Keeper
@@ -61,9 +61,11 @@ def config_of(*, prompts: int = 2, group_size: int = 8, **settings: Any) -> RunC
     return resolved(replace(config, "steps", runner="docker", **settings))
 
 
-def rolled_out(path: Path, config: RunConfig) -> RunDir:
-    """A run whose first rollout is done, of programs that are mostly honest."""
-    return synthetic_run.write(path, config, upto=StageId("rollout", 0))
+def rolled_out(path: Path, config: RunConfig, *, endless: bool = False) -> RunDir:
+    """A run whose first rollout is done, of programs that are mostly honest; endless: some use up their time."""
+    broken = {name: each for name, each in synthetic_run.BROKEN.items() if endless or name != "timeout"}
+    with mock.patch.object(synthetic_run, "BROKEN", broken):
+        return synthetic_run.write(path, config, upto=StageId("rollout", 0))
 
 
 def make(run: RunDir, config: RunConfig, stage: StageId = SCORE) -> Manifest:
@@ -115,9 +117,8 @@ def run(tmp_path: Path, config: RunConfig) -> RunDir:
     return rolled_out(tmp_path / "run", config)
 
 
-def test_a_score_in_a_container_has_the_bytes_of_one_in_this_process(
-    run: RunDir, config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_score_in_a_container_has_the_bytes_of_one_in_this_process(config: RunConfig, tmp_path: Path) -> None:
+    run = rolled_out(tmp_path / "run", config, endless=True)
     contained = make(run, config)
     inside = in_process(run, tmp_path / "other", config)
     assert (contained.key, contained.digest) == (inside.key, inside.digest)
@@ -135,7 +136,7 @@ def test_a_finished_stage_starts_no_container(run: RunDir, config: RunConfig, mo
 
 
 def test_ten_sandboxes_killed_in_mid_run_change_no_verdict(tmp_path: Path) -> None:
-    config = config_of(prompts=12, group_size=16)
+    config = config_of(prompts=8, group_size=16)
     run = rolled_out(tmp_path / "run", config)
     inside = in_process(run, tmp_path / "other", config)
     killed: list[str] = []
@@ -152,7 +153,7 @@ def test_ten_sandboxes_killed_in_mid_run_change_no_verdict(tmp_path: Path) -> No
                 with contextlib.suppress(Exception):  # it may just be ending
                     client.kill(victim)
                     killed.append(victim)
-            time.sleep(0.25)
+            time.sleep(0.1)
         client.close()
 
     killer = threading.Thread(target=kill)
@@ -228,7 +229,8 @@ GROUP = 4711
 @pytest.fixture
 def volume() -> Iterator[str]:
     client = connect()
-    name = client.create_volume(labels={"flexsink.run": "test-sockets"})["Name"]
+    # A name of its own: a socket's path may have 107 characters.
+    name = client.create_volume(f"test-sockets-{os.getpid()}", labels={"flexsink.run": "test-sockets"})["Name"]
     yield name
     for each in client.containers(all=True, filters={"label": "flexsink.run=test-sockets"}):
         client.remove_container(each["Id"], force=True)
@@ -317,10 +319,12 @@ def groups_of_case(keeper: Keeper) -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may reach into a volume from outside")
 def test_the_attacks_that_go_for_sockets_come_to_nothing_where_the_supervisor_has_one(keeper: Keeper) -> None:
-    chosen = [each for each in corpus.load() if "socket" in each.name or "descriptor" in each.name]
+    chosen = [
+        each for each in corpus.load() if each.task == "pick" and ("socket" in each.name or "descriptor" in each.name)
+    ]
     assert len(chosen) >= 3
     with open_pool(keeper.config, harnesses={"pick": HARNESS}, labels={}, sockets=Path(keeper.root)) as pool:
-        findings = list(attack_pool(pool, chosen, Pick()))
+        findings = list(attack_pool(pool, chosen, arenas={"pick": Pick()}))
     assert [finding.failure for finding in findings if not finding.passed] == []
 
 
@@ -328,7 +332,7 @@ def test_the_attacks_that_go_for_sockets_come_to_nothing_where_the_supervisor_ha
 
 
 def test_a_killed_stage_container_is_a_line_and_the_next_try_goes_on(tmp_path: Path) -> None:
-    config = config_of(prompts=8, group_size=16)
+    config = config_of(prompts=4, group_size=16)
     run = rolled_out(tmp_path / "run", config)
     inside = in_process(run, tmp_path / "other", config)
 
@@ -365,13 +369,13 @@ def test_a_container_without_enough_memory_is_told_apart_from_a_kill(tmp_path: P
 
 def test_a_bug_in_a_stage_comes_out_with_its_traceback(run: RunDir, config: RunConfig) -> None:
     with Crew(run, config) as crew:
-        container = crew.start("score", {}) if crew.keep_sandboxes(False) is None else None
-        assert container is not None
+        crew.keep_sandboxes(False)
+        container = crew.start("score", {})
         try:
             with pytest.raises(StageFailed, match=r"Traceback(?s:.*)No module named 'stages.nonsense'"):
                 container.ask(config, StageId("nonsense"), silent)
-            with pytest.raises(UserError, match="score 0"):  # and the worker is still there
-                container.ask(replace(config, "train", seed=9), SCORE, silent)
+            with pytest.raises(StageFailed, match="No module named 'torch'"):  # the worker is there; torch is not
+                container.ask(config, StageId("update", 0), silent)
         finally:
             container.discard()
 
@@ -456,7 +460,7 @@ def test_the_gpu_container_asks_docker_for_cards_and_says_in_a_line_when_it_has_
     monkeypatch.setattr(Attached, "start", start)
     wanted = {"Driver": "", "Capabilities": [["gpu"]], "Options": {}}
     for gpus, more in (
-        ("all", {"Count": -1, "DeviceIDs": None}),
+        ("all", {"Count": -1, "DeviceIDs": []}),
         ("0,GPU-3f", {"Count": 0, "DeviceIDs": ["0", "GPU-3f"]}),
     ):
         given = replace(config, "steps", gpus=gpus)
