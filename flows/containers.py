@@ -325,8 +325,9 @@ def surroundings(run: RunDir, config: RunConfig) -> tuple[str, list[str], dict[s
         if name in os.environ:
             variables[name] = os.environ[name]
     home = Path.home()
-    inside = home == Path("/") or home.parts[:2] in {("/", "usr"), ("/", "opt"), ("/", "lib"), ("/", "proc")}
-    return "/tmp/home" if inside else str(home), mounts, variables
+    taken = [*("/usr", "/opt", "/lib", "/proc"), *(mount.split(":")[0] for mount in mounts)]
+    usable = home != Path("/") and not any(home.is_relative_to(each) for each in taken)
+    return str(home) if usable else "/tmp/home", mounts, variables
 
 
 def fetched(source: str) -> Path:

@@ -27,7 +27,7 @@ from flows.config import overridden, resolved
 from flows.containers import Crew, StageContainer, StageFailed, device_requests
 from flows.presets import preset
 from flows.progress import Lines
-from flows.train import loop
+from flows.train import loop, stages_of
 from stages.artifacts import Manifest, RunDir, Session, StageId
 from stages.artifacts.stage import silent
 from stages.config import RunConfig, SandboxConfig, UserError, replace
@@ -497,19 +497,35 @@ def test_auto_asks_for_one_card_where_there_are_cards(monkeypatch: pytest.Monkey
 LIVING = """
 import sys
 from pathlib import Path
-from stages.artifacts import RunDir, StageId
+from stages.artifacts import RunDir
+from stages.exits import guarded
 from tests.test_stage_containers import make
 run = RunDir(Path(sys.argv[1]))
-make(run, run.config())
+sys.exit(guarded(lambda: bool(make(run, run.config()))))
 """
+
+
+def living(run: RunDir) -> "subprocess.Popen[bytes]":
+    """A process in the middle of the run's score."""
+    process = subprocess.Popen([sys.executable, "-c", LIVING, str(run.path)], cwd=ROOT, start_new_session=True)
+    wait_for(lambda: next(run.path.rglob("verdicts.journal"), None), 60)
+    assert {each["State"] for each in of_run(run)} >= {"running"}
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_container_and_no_volume(tmp_path: Path, number: signal.Signals) -> None:
+    run = rolled_out(tmp_path / "run", config_of(prompts=4, group_size=16))
+    process = living(run)
+    os.kill(process.pid, number)
+    assert process.wait(30) == 130
+    assert (of_run(run), volumes(run)) == ([], [])
 
 
 def test_containers_end_with_a_killed_process_and_the_next_start_removes_what_is_left(tmp_path: Path) -> None:
     config = config_of(prompts=8, group_size=16)
     run = rolled_out(tmp_path / "run", config)
-    process = subprocess.Popen([sys.executable, "-c", LIVING, str(run.path)], cwd=ROOT, start_new_session=True)
-    wait_for(lambda: next(run.path.rglob("verdicts.journal"), None), 60)
-    assert {each["State"] for each in of_run(run)} == {"running"}
+    process = living(run)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_for(lambda: not of_run(run), 20)
@@ -525,6 +541,7 @@ def test_containers_end_with_a_killed_process_and_the_next_start_removes_what_is
 
 SMALL = ("train.iterations=1", "rollout.prompts=1", "rollout.group_size=4", "rollout.max_new_tokens=96")
 SMALL += ("evaluate.programs=4", "evaluate.games=1", "export.format=adapter")
+OVERRIDES = SMALL if KILLS <= 3 else ()
 
 
 def whole(path: Path, runner: str, *overrides: str) -> RunDir:
@@ -542,24 +559,25 @@ def contents(run: RunDir) -> dict[str, str]:
     return {str(path.parent.relative_to(run.path)): json.loads(path.read_text())["digest"] for path in paths}
 
 
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run in this process that nothing disturbed."""
+    return whole(tmp_path_factory.mktemp("quiet") / "run", "process", *OVERRIDES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("export.format=adapter", "task.name=matmul")][: 1 + (KILLS > 3)])
-def test_a_whole_run_in_containers_has_the_bytes_of_one_in_this_process(
-    tmp_path: Path, overrides: tuple[str, ...]
-) -> None:
-    small = [word for word in SMALL if word.partition("=")[0] not in {each.partition("=")[0] for each in overrides}]
+def test_a_whole_run_in_containers_has_the_bytes_of_one_in_this_process(quiet: RunDir, tmp_path: Path) -> None:
     started = time.time()
-    contained = whole(tmp_path / "contained", "docker", *small, *overrides)
+    contained = whole(tmp_path / "contained", "docker", *OVERRIDES)
     client = connect()
     wanted = {"label": f"flexsink.run={contained.labels()['flexsink.run']}", "event": "create", "type": "container"}
     events = client.events(since=int(started), until=int(time.time()) + 1, filters=wanted, decode=True)
     kinds = [event["Actor"]["Attributes"].get(containers.LABEL, "sandbox") for event in events]
     client.close()
-    assert (kinds.count("gpu"), kinds.count("score")) == (1, 1)
+    assert (kinds.count("gpu"), kinds.count("score")) == (1, contained.config().train.iterations)
     assert (of_run(contained), volumes(contained)) == ([], [])
-    inside = whole(tmp_path / "inside", "process", *small, *overrides)
-    assert contents(contained) == contents(inside)
-    assert len(contents(inside)) == 7
+    assert contents(contained) == contents(quiet)
+    assert len(contents(quiet)) == len(list(stages_of(quiet.config())))
 
 
 @pytest.fixture(scope="module")
@@ -569,38 +587,38 @@ def flow(prefect_server: str) -> Flow:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200 * max(KILLS, 4))
-def test_a_run_killed_again_and_again_in_and_out_of_containers_ends_like_a_quiet_one(
-    flow: Flow, tmp_path: Path
+def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_like_a_quiet_one(
+    flow: Flow, quiet: RunDir, tmp_path: Path
 ) -> None:
-    """One run, killed KILLS times at moments from one stage's start to the next's, each time by another runner."""
+    """One run, killed KILLS times: in the middle of each stage and right behind it, or at some of these moments."""
     seed = int(os.environ.get("FLEXSINK_KILL_SEED", time.time_ns() % 10**9))
     print(f"FLEXSINK_KILL_SEED={seed}")
     draw = random.Random(seed)
-    overrides = SMALL if KILLS <= 3 else ("export.format=adapter",)
-    quiet = whole(tmp_path / "quiet", "process", *overrides)
+    order = list(stages_of(quiet.config()))
+    moments = [(number, where) for number in range(len(order)) for where in ("in", "behind")]
     path = tmp_path / "run"
-    words = ["train", "tiny_test", *overrides, "--runner", "docker", "--run-dir", str(path)]
-    run = RunDir(path)
-    for number in range(KILLS):
-        done = contents(run)
+    run, resumed, words = RunDir(path), 0, ["train", "tiny_test", *OVERRIDES, "--runner", "docker"]
+    words += ["--run-dir", str(path)]
+    for number, where in sorted(draw.sample(moments, min(KILLS, len(moments)))):
+        before = contents(run)
         process = flow.start(*words)
-        target = draw.randrange(len(contents(quiet)) - len(done)) if number else 0
-        # Either right when a stage is published, or in the middle of the next.
-        wait_while(process, lambda run=run, many=len(done) + target: len(contents(run)) < many)  # noqa: B008
-        if draw.random() < 0.7:
+        wait_while(process, lambda run=run, many=number + (where == "behind"): len(contents(run)) < many)
+        if where == "in":
             wait_while(process, lambda path=path: not list(path.rglob(".tmp-*")))
-            time.sleep(draw.random() * 2)
+            time.sleep(1.5 * draw.random())
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        after = contents(run)
-        print(f"kill {number}: {len(after)} stages done, at work: {[each.name for each in path.rglob('.tmp-*')]}")
-        assert done.items() <= after.items()
+        at_work = [str(each.relative_to(path)) for each in path.rglob(".tmp-*")]
+        print(f"killed {where} {order[number]}: {len(contents(run))} stages done, at work {at_work}")
+        assert before.items() <= contents(run).items()
         if (path / "config.json").exists():
             wait_for(lambda: not of_run(run), 20)
             words = ["resume", str(path), "--runner", draw.choice(["docker", "docker", "process"])]
+            resumed += 1
     code, _, errors = flow.run("resume", str(path), "--runner", "docker")
     assert (code, errors) == (0, "")
+    assert resumed
     assert contents(run) == contents(quiet)
     assert (of_run(run), volumes(run)) == ([], [])
     assert not list(path.rglob(".tmp-*"))
@@ -616,17 +634,13 @@ def wait_while(process: "subprocess.Popen[str]", true: Callable[[], bool]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_the_containers_and_says_how_to_go_on(
-    flow: Flow, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_an_interrupted_run_ends_its_containers_and_says_how_to_go_on(flow: Flow, tmp_path: Path) -> None:
     path = tmp_path / "run"
     process = flow.start("train", "tiny_test", *SMALL, "--runner", "docker", "--run-dir", str(path))
     assert journal_at_work(path / "evaluations", process, name="completions", lines=1)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    word = "interrupted" if number == signal.SIGINT else "terminated"
-    assert (process.returncode, errors) == (130, f"{word}; go on with: flexsink resume {path}\n")
+    assert (process.returncode, errors) == (130, f"terminated; go on with: flexsink resume {path}\n")
     assert (of_run(RunDir(path)), volumes(RunDir(path))) == ([], [])
 
 
