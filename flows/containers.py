@@ -97,7 +97,7 @@ class Crew:
         """A container of that image, its worker about to listen."""
         client = connect()
         try:
-            image = images.require(client, kind, self.note)
+            image = images.require(client, kind, self.note, task=self.config.task.name)
         except BaseException:
             client.close()
             raise

@@ -23,14 +23,16 @@ import sys
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.artifacts.manifest import TASKS
 from stages.artifacts.run import locked
 from stages.config import UserError
 from stages.sandbox.image import BASE_SCRIPT, CONTAINERS, connect, has_image, obtain_base
+from stages.tasks import registry
 
 ROOT = CONTAINERS.parent
 FOLDER = CONTAINERS / "stages"
@@ -75,15 +77,18 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def closure(roots: Sequence[str]) -> list[Distribution]:
-    """The installed distributions of these names and all that they need, in name order; UserError for one not here."""
+def closure(roots: Sequence[str], *, but: Iterable[str] = ()) -> list[Distribution]:
+    """The installed distributions of these names and all that they need, in name order; UserError for one not here.
+
+    but: names that are left out, with what only they need.
+    """
     from packaging.requirements import Requirement
 
     found: dict[str, Distribution] = {}
     todo = list(roots)
     while todo:
         name = plain(todo.pop())
-        if name in found:
+        if name in found or name in but:
             continue
         try:
             found[name] = distribution(name)
@@ -106,12 +111,14 @@ def packages_name(kind: str) -> str:
     return f"flexsink-{kind}-packages:{digest.hexdigest()[:16]}"
 
 
-def image_name(kind: str) -> str:
-    """The image that belongs to packages and code as they are now."""
+def image_name(kind: str, task: str = "") -> str:
+    """The image that belongs to packages and code as they are now, those of a task that is not ours among them."""
     digest = hashlib.sha256(packages_name(kind).encode())
     digest.update((FOLDER / "Dockerfile").read_bytes())
     for path in code():
         digest.update(f"{path}\0{hashlib.sha256((ROOT / path).read_bytes()).hexdigest()}\n".encode())
+    for name, body in sorted(brought(task, kind).items()):
+        digest.update(f"{name}\0{hashlib.sha256(body).hexdigest()}\n".encode())
     return f"flexsink-{kind}:{digest.hexdigest()[:16]}"
 
 
@@ -121,16 +128,50 @@ def code() -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in paths if path.is_file() and "__pycache__" not in path.parts)
 
 
-def require(client: Any, kind: str, note: Note, *, pip: bool = False, base: str = "") -> str:
-    """The name of the image of that kind, built where the daemon lacks it; UserError when that fails."""
-    name = image_name(kind)
+def brought(task: str, kind: str) -> dict[str, bytes]:
+    """The files, by their place among the code, of the distribution that brings this task and of what it needs beside
+    the project and an image's packages. Its module is taken from where it is imported: it may be installed editably.
+    """
+    points = [point for point in entry_points(group=TASKS, name=task) if point.dist] if task else []
+    if not points or task in registry.TASKS:
+        return {}
+    point, files = points[0], dict[str, bytes]()
+    assert point.dist is not None
+    top = point.module.partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"task {task!r} is in {point.module}, which cannot be imported", f"try: python -c 'import {top}'"
+        )
+    module = Path(spec.origin)
+    folder = module.parent if spec.submodule_search_locations else None
+    for path in files_of(folder) if folder else [module]:
+        if "__pycache__" not in path.parts:
+            files[str(path.relative_to(folder.parent) if folder else path.name)] = path.read_bytes()
+    for name in ("METADATA", "entry_points.txt"):
+        about = f"{plain(point.dist.name).replace('-', '_')}-{point.dist.version}.dist-info"
+        files[f"{about}/{name}"] = (point.dist.read_text(name) or "").encode()
+    there = {plain(each.name) for each in closure(KINDS[kind].roots)}
+    for each in closure([point.dist.name], but={"flexsink", *there}):
+        if plain(each.name) != plain(point.dist.name):
+            for file, path in installed(each):
+                files[file] = path.read_bytes()
+    return files
+
+
+def require(client: Any, kind: str, note: Note, *, task: str = "", pip: bool = False, base: str = "") -> str:
+    """The name of the image of that kind, built where the daemon lacks it; UserError when that fails.
+
+    task: the run's, whose distribution's files are added where it is none of ours.
+    """
+    name = image_name(kind, task)
     if has_image(client, name):
         return name
     with locked(Path(tempfile.gettempdir(), f"flexsink-images-{os.getuid()}.lock"), "", wait=True):
-        return name if has_image(client, name) else make(name, kind, note, pip=pip, base=base)
+        return name if has_image(client, name) else make(name, kind, note, task=task, pip=pip, base=base)
 
 
-def make(name: str, kind: str, note: Note, *, pip: bool, base: str) -> str:
+def make(name: str, kind: str, note: Note, *, task: str, pip: bool, base: str) -> str:
     """Makes the image of that name, and where it is missing the one with its packages; returns the name."""
     builder = connect(timeout=BUILD_TIMEOUT_S)
     try:
@@ -138,7 +179,7 @@ def make(name: str, kind: str, note: Note, *, pip: bool, base: str) -> str:
         if not has_image(builder, packages):
             make_packages(builder, kind, packages, note, pip=pip, base=base)
         note(f"building the image {name}")
-        with pipe_of(add_code) as context:
+        with pipe_of(lambda tar: add_code(tar, brought(task, kind))) as context:
             build(builder, name, context, PACKAGES=packages, IMPORTS=" ".join(KINDS[kind].stages))
     finally:
         builder.close()
@@ -252,15 +293,18 @@ def install(folder: Path, names: Sequence[str], *, python: str) -> None:
 
     pip's settings are this process's environment and its configuration files.
     """
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "--no-compile", "--target", str(folder)]
     if python != version():
         command += ["--python-version", python, "--only-binary", ":all:"]
     done = subprocess.run([*command, *pinned(names, python=python)], capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+        lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+        # Why an index was not read, a certificate that nobody vouches for, say, is not an error of pip's.
+        reasons = [line for line in lines if "Could not fetch" in line] + [each for each in lines if "ERROR" in each]
+        words = (reasons or lines or ["it ended without a word"])[0].removeprefix("ERROR: ").strip()[:400]
         raise UserError(
-            f"pip could not get the packages for stages: {lines[0].removeprefix('ERROR: ')[:300]}",
+            f"pip could not get the packages for stages: {words}",
             "pip takes an index, a certificate authority or a folder of wheels from PIP_INDEX_URL, PIP_CERT, "
             "PIP_FIND_LINKS, PIP_NO_INDEX",
         )
@@ -282,9 +326,14 @@ def pinned(names: Sequence[str], *, python: str) -> list[str]:
     return lines
 
 
-def add_code(tar: tarfile.TarFile) -> None:
+def add_code(tar: tarfile.TarFile, more: Mapping[str, bytes]) -> None:
+    """Adds what the Dockerfile builds with: the project's code, and other files beside it."""
     tar.add(FOLDER / "Dockerfile", "Dockerfile", filter=owned_by_root)
     add_files(tar, ROOT, code(), "code")
+    for name, body in more.items():
+        entry = tarfile.TarInfo(f"code/{name}")
+        entry.size = len(body)
+        tar.addfile(entry, io.BytesIO(body))
 
 
 def files_of(folder: Path) -> Iterator[Path]:
@@ -293,18 +342,26 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 def add_distribution(tar: tarfile.TarFile, each: Distribution) -> None:
     """Adds what a distribution installed among the packages, and what of it Python has compiled since."""
+    present = set()
+    for name, path in installed(each):
+        tar.add(path, f"{PACKAGES}/{name}", filter=owned_by_root)
+        present.add(name)
+    for name, path in installed(each):
+        compiled = Path(importlib.util.cache_from_source(str(path))) if name.endswith(".py") else path
+        place = f"{os.path.dirname(name)}/__pycache__/{compiled.name}".lstrip("/")
+        if compiled != path and place not in present and compiled.is_file():
+            tar.add(compiled, f"{PACKAGES}/{place}", filter=owned_by_root)
+
+
+def installed(each: Distribution) -> Iterator[tuple[str, Path]]:
+    """The files of a distribution that lie among the packages: where there, and where on this machine."""
     if each.files is None:
         hint = "install it with pip, or build the images with: python -m flows.images --pip"
         raise UserError(f"package {each.name} does not say which files it has", hint)
-    names = {Path(str(file)) for file in each.files if ".." not in file.parts}
-    for name in sorted(names):
-        path = Path(str(each.locate_file(name)))
-        if name.suffix == ".py":
-            compiled = Path(importlib.util.cache_from_source(str(path)))
-            if name.parent / "__pycache__" / compiled.name not in names and compiled.is_file():
-                tar.add(compiled, f"{PACKAGES}/{name.parent}/__pycache__/{compiled.name}", filter=owned_by_root)
+    for file in sorted({str(file) for file in each.files if ".." not in file.parts}):
+        path = Path(str(each.locate_file(file)))
         if path.is_file():
-            tar.add(path, f"{PACKAGES}/{name}", filter=owned_by_root)
+            yield file, path
 
 
 def add_files(tar: tarfile.TarFile, root: Path, names: Iterable[Path], below: str) -> None:

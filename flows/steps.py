@@ -222,7 +222,7 @@ def check_runner(config: RunConfig, note: Callable[[str], None]) -> None:
         client = connect()
         try:
             for kind in images.KINDS:
-                images.require(client, kind, note)
+                images.require(client, kind, note, task=config.task.name)
         finally:
             client.close()
 

@@ -599,7 +599,8 @@ def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_lik
     path = tmp_path / "run"
     run, resumed, words = RunDir(path), 0, ["train", "tiny_test", *OVERRIDES, "--runner", "docker"]
     words += ["--run-dir", str(path)]
-    for number, where in sorted(draw.sample(moments, min(KILLS, len(moments)))):
+    for which in sorted(draw.sample(range(len(moments)), min(KILLS, len(moments)))):
+        number, where = moments[which]
         before = contents(run)
         process = flow.start(*words)
         wait_while(process, lambda run=run, many=number + (where == "behind"): len(contents(run)) < many)
