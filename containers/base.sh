@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Writes a root file system with Python's standard library and what that links to, made of this machine's Debian packages, as a tar file:
-#     bash containers/base.sh FILE.tar
-# Used as the sandbox's base where no registry answers. It has no shell, no package manager and no set-uid program. The packages come with
+#     bash containers/base.sh FILE.tar             for sandboxes
+#     bash containers/base.sh FILE.tar stage       for stages: with what compiled packages link to
+#     bash containers/base.sh FILE.tar compiler    for stages whose packages compile kernels: with gcc and Python's headers too
+# Used as an image's base where no registry answers. It has no shell, no package manager and no set-uid program. The packages come with
 # this machine's apt settings, so its signatures, mirrors and proxies hold. Needs apt and dpkg-deb; root only to refresh apt's lists.
 set -euo pipefail
 
-out=$(realpath -m "${1:?usage: base.sh FILE.tar}")
+out=$(realpath -m "${1:?usage: base.sh FILE.tar [stage|compiler]}")
+purpose=${2:-sandbox}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 chmod 755 "$work"
@@ -17,9 +20,19 @@ compgen -G "/var/lib/apt/lists/*_Packages*" >/dev/null || refresh || true
 python=$(apt-cache depends python3-minimal | sed -nE 's/^ *(Pre)?-?Depends: (python3\.[0-9]+-minimal)$/\2/p' | head -1)
 [ -n "$python" ] || { echo "error: apt knows no python3-minimal; run apt-get update first" >&2; exit 1; }
 version=${python%-minimal}
-wanted="^(libc6|libcrypt1|libexpat1[a-z0-9]*|libffi[0-9]+|libgcc-s1|zlib1g|lib$version-(minimal|stdlib)|$python)\$"
+roots=("$python" "lib$version-stdlib")
+wanted="libc6|libcrypt1|libexpat1[a-z0-9]*|libffi[0-9]+|libgcc-s1|zlib1g|lib$version-(minimal|stdlib)|$python"
+if [ "$purpose" != sandbox ]; then
+    roots+=(libstdc++6)
+    wanted+="|libstdc\+\+6|libssl[0-9][a-z0-9]*|libbz2-1.0|liblzma5|libsqlite3-0|libuuid1"
+fi
+if [ "$purpose" = compiler ]; then
+    roots+=(gcc libc6-dev libc-bin "lib$version-dev")
+    wanted+="|binutils.*|libbinutils|libctf.*|libgprofng0|libjansson4|libzstd1|cpp.*|gcc.*|libgcc-[0-9]+-dev|libgomp1|libcc1-0|libisl[0-9]+"
+    wanted+="|libmpc3|libmpfr6|libgmp10|libc6-dev|libc-bin|linux-libc-dev|libcrypt-dev|lib$version(-dev)?|zlib1g-dev|libexpat1-dev"
+fi
 mapfile -t packages < <(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
-    "$python" "lib$version-stdlib" | grep -E "$wanted" | sort -u)
+    "${roots[@]}" | grep -E "^($wanted)\$" | sort -u)
 
 mkdir debs root
 chmod 777 debs  # apt may fetch as its own user

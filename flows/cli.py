@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stages.artifacts import RunDir, StageId
 
 RUNS = Path("data/runs")
+RUNNERS = ("process", "docker")
 FORMATS = ("mxfp4", "fp16", "bf16", "adapter")
 
 
@@ -55,11 +56,13 @@ def parser() -> Parser:
     train.add_argument("preset", metavar="PRESET", help=presets)
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.seed=1")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help=f"where to write ({RUNS}/<preset>-<UTC>)")
+    train.add_argument("--runner", choices=RUNNERS, metavar="RUNNER", help="process, or docker: stages in containers")
     train.set_defaults(command=train_command)
 
     resume = commands.add_parser("resume", help="go on with a run that stopped")
     resume.add_argument("run", type=Path, metavar="RUN_DIR")
     resume.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.iterations=48")
+    resume.add_argument("--runner", choices=RUNNERS, metavar="RUNNER", help="process or docker (as before)")
     resume.set_defaults(command=resume_command)
 
     plan = commands.add_parser("plan", help="which stages would run, which be reused, and why")
@@ -153,8 +156,9 @@ def train_command(args: argparse.Namespace) -> int:
     from flows import steps
     from stages.artifacts import RunDir
 
-    config = resolved(overridden(preset(args.preset), args.overrides))
+    config = resolved(overridden(preset(args.preset), assignments(args)))
     steps.check_sandbox(config.sandbox.backend)
+    steps.check_runner(config, print)
     path = args.run_dir or steps.default_path(RUNS, args.preset)
     if not (path / "config.json").exists():
         run = RunDir.create(path, config)
@@ -179,9 +183,15 @@ def resume_command(args: argparse.Namespace) -> int:
     from stages.artifacts import RunDir
 
     run = RunDir.open(args.run)
-    config = resumed(run.config(), args.overrides)
+    config = resumed(run.config(), assignments(args))
     steps.check_sandbox(config.sandbox.backend)
+    steps.check_runner(config, print)
     return go(run, config)
+
+
+def assignments(args: argparse.Namespace) -> list[str]:
+    """The overrides of a command, --runner among them."""
+    return [*args.overrides, *([f"steps.runner={args.runner}"] if args.runner else [])]
 
 
 def go(run: "RunDir", config: RunConfig) -> int:

@@ -62,8 +62,11 @@ def resolved(config: RunConfig) -> RunConfig:
     """`config` with every option of its task written out; UserError where a run cannot be made of it."""
     from stages.tasks import registry
 
-    if config.steps.runner == "docker":
-        raise UserError("steps.runner=docker is not available in this version", "use steps.runner=process")
+    if config.steps.runner == "docker" and config.sandbox.backend != "docker":
+        raise UserError(
+            f"steps.runner=docker judges in Docker's sandboxes, not with sandbox.backend={config.sandbox.backend}",
+            "leave sandbox.backend as it is, or use steps.runner=process",
+        )
     task = registry.get(config.task.name, config.task.option_values())
     registry.check(config.task.name, config.task.option_values())
     options = tuple(dataclasses.asdict(task.options).items())

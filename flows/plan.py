@@ -43,9 +43,13 @@ def warnings(decisions: list[tuple[StageId, Decision]], task: str) -> list[str]:
         recorded = decision.manifest.recorded
         if recorded.get("code") != code_digest():
             others.setdefault("other code under stages/", []).append(stage)
-        here = versions(task)
-        for name in sorted({*recorded.get("versions", {}), *here}):
-            old, new = recorded.get("versions", {}).get(name, "none"), here.get(name, "none")
+        there, here = recorded.get("versions", {}), versions(task)
+        contained = recorded.get("runner") == "docker"
+        # An image holds what its stages need of the packages here, and another patch of this Python.
+        for name in sorted(there if contained else {*there, *here}):
+            old, new = there.get(name, "none"), here.get(name, "none")
+            if contained and name == "python":
+                old, new = (version.rpartition(".")[0] for version in (old, new))
             if old != new:
                 others.setdefault(f"{name} {old}, now {new}", []).append(stage)
     lines = []

@@ -17,7 +17,7 @@ from typing import Any
 from flows import server
 from flows.progress import Lines, View, Views
 from flows.summary import Summary, reward_rows
-from stages.artifacts import Manifest, Progress, RunDir, Session, StageContext, StageId, execute
+from stages.artifacts import Manifest, Progress, RunDir, Session, StageContext, StageId, execute, look
 from stages.artifacts.run import explained
 from stages.config import RunConfig, UserError
 
@@ -47,11 +47,30 @@ def run_stage(run: RunDir, config: RunConfig, stage: StageId, session: Session, 
         stage_function(stage.name)(context)
 
     started = time.perf_counter()
-    manifest = execute(run, config, stage, function, session, view.report)
+    if config.steps.runner == "docker":
+        manifest, ran = in_container(run, config, stage, session, view)
+    else:
+        manifest = execute(run, config, stage, function, session, view.report)
     seconds = time.perf_counter() - started
     log.info("%s: %s in %.1f s, content %s", stage, "done" if ran else "reused", seconds, manifest.digest[:12])
     view.finish(stage, seconds=seconds, reused=not ran)
     return manifest
+
+
+def in_container(run: RunDir, config: RunConfig, stage: StageId, session: Session, view: View) -> tuple[Manifest, bool]:
+    """The stage's manifest and whether it had to be made: by the session's containers, which decide as execute does."""
+    from flows.containers import Crew
+
+    decision = look(run, config, stage)
+    if decision.manifest is not None:
+        return decision.manifest, False
+    view.start(stage)
+    crew = session.get("crew", lambda: Crew(run, config, log.info))
+    crew.make(config, stage, decision.key, view.report)
+    manifest = run.manifest(stage)
+    assert manifest is not None, f"the container of {stage} wrote no manifest"
+    assert manifest.key == decision.key, f"the container of {stage} made it under another key"
+    return manifest, True
 
 
 def local(run: RunDir, config: RunConfig, session: Session, view: View) -> Step:
@@ -169,10 +188,13 @@ def inside_flow(run: RunDir, body: Callable[[], None]) -> None:
 
 
 def reap(run: RunDir) -> None:
-    """Removes the sandbox containers that a killed start of this run left. UserError without the Docker they are in."""
-    from stages.sandbox import reap as reap_containers
+    """Removes the containers that a killed start of this run left. UserError without the Docker they are in."""
+    config = run.config()
+    if config.sandbox.backend != "docker" and config.steps.runner != "docker":
+        return
+    from flows.containers import reap as reap_containers
 
-    removed = reap_containers(run.labels(), backend=run.config().sandbox.backend)
+    removed = reap_containers(run.labels())
     if removed:
         log.info("removed %d containers that an earlier start left", removed)
 
@@ -189,6 +211,20 @@ def check_sandbox(backend: str) -> None:
         image.require_image(client)
     finally:
         client.close()
+
+
+def check_runner(config: RunConfig, note: Callable[[str], None]) -> None:
+    """Returns when stages can run where the configuration says; their images are built where they are missing."""
+    if config.steps.runner == "docker":
+        from flows import images
+        from stages.sandbox.image import connect
+
+        client = connect()
+        try:
+            for kind in images.KINDS:
+                images.require(client, kind, note, task=config.task.name)
+        finally:
+            client.close()
 
 
 def default_path(runs: Path, preset: str) -> Path:

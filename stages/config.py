@@ -150,6 +150,10 @@ class ExportConfig:
 class StepsConfig:
     runner: Literal["process", "docker"] = "process"
     # where a stage runs
+    gpus: str = "auto"
+    # of a container: none, all, numbers or UUIDs with commas between; auto is one where the machine has any
+    memory_bytes: int = 0
+    # bytes of memory a stage's container may use; 0 is no limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +189,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "sandbox.containers": (1, 4096),
     "sandbox.cpu_s": (0.01, 86_400.0),
     "sandbox.memory_bytes": (2**20, 2**44),
+    "steps.memory_bytes": (0, 2**44),
 }
 
 

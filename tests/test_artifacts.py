@@ -206,6 +206,14 @@ def test_a_failed_stage_publishes_nothing_and_its_journal_survives(run: RunDir) 
     assert sorted(path.name for path in run.folder(LOAD).iterdir()) == ["manifest.json", "out.txt", "timings.parquet"]
 
 
+def test_a_journal_that_a_kill_left_behind_the_rename_is_removed(run: RunDir) -> None:
+    first = make(run, LOAD, writes("model"))
+    journal = run.folder(LOAD) / "work.journal"
+    journal.write_text("left\n")
+    assert make(run, LOAD, never) == first
+    assert not journal.exists()
+
+
 def test_another_key_does_not_see_the_journal_of_a_failed_try(run: RunDir) -> None:
     def fails(context: StageContext) -> None:
         context.journal("work").append({"piece": 1})

@@ -104,7 +104,7 @@ def test_every_command_has_a_help(command: str) -> None:
         ),
         (["train", "tiny", "task.name=chess"], "unknown task 'chess'", ""),
         (["train", "tiny", "task.name=matmul", "task.trials=0"], "task.trials is 0", "timed 1 to 99 times"),
-        (["train", "tiny", "steps.runner=docker"], "steps.runner=docker", "steps.runner=process"),
+        (["train", "tiny", "sandbox.backend=local", "--runner", "docker"], "not with sandbox.backend", "runner"),
         (["train"], "PRESET", "flexsink train --help"),
         (["trian", "tiny"], "invalid choice: 'trian'", "flexsink --help"),
         (["resume", "/nowhere/run"], "/nowhere/run holds no run", "flexsink runs"),

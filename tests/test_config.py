@@ -80,7 +80,6 @@ def test_a_wrong_override_says_what_is_wrong_and_what_would_be_right(word: str, 
         ("task.sise=4", "unknown key task.sise of game2048"),
         ("task.size=large", "task.size is 'large'"),
         ("task.size=2", "task.size is 2"),
-        ("steps.runner=docker", "steps.runner=docker is not available"),
     ],
 )
 def test_what_a_run_cannot_be_made_of_is_refused_before_it_starts(word: str, message: str) -> None:

@@ -2,7 +2,7 @@
 
 Runs as root with SETUID, SETGID and KILL only, on the standard library alone, as the container's one job; without
 Docker jail.py puts up other walls and calls main. It reads jobs from its standard input and writes one reply a job to
-its standard output:
+its standard output, or with `--listen GID` both to the one caller of a socket that the group GID may call:
     message = length (4 bytes, little endian), JSON with a nonce;   reply = the message's nonce (16 bytes), length
     (4), JSON first message {"nonce", "protocol", "harnesses": {name: source}}, then {"nonce", "job"}; replies are
     written by `hello` and `judge_job`
@@ -40,6 +40,7 @@ MAX_NOTES = 2000
 PROBE_SHARE = 0.1  # of the CPU time that the cases took, which the probe may take on top
 PROBE_CPU_S = 0.1
 CONTAINER = cases.Place()
+SOCKETS = "/socket"  # the folder of --listen, a volume's
 CLAIMS = ("syntax_error", "foreign_import", "cheat", "crash", "memory")
 
 
@@ -461,11 +462,41 @@ def write_reply(nonce: str, reply: dict[str, Any]) -> None:
         rest = rest[os.write(1, rest) :]
 
 
-def main(place: cases.Place = CONTAINER) -> None:
-    """Serves jobs until there are no more."""
+def listen(folder: str, gid: int) -> bool:
+    """Waits for one caller, and has the connection take the place of standard input and output.
+
+    The folder becomes root:gid 2770 and the socket in it 660; a group of its own suffices for that. The socket has its
+    name from when it can be called until it is. Returns False when standard input ends first: nobody keeps this one.
+    """
+    os.chown(folder, -1, gid)
+    os.chmod(folder, 0o2770)
+    os.umask(0o117)
+    path = f"{folder}/socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path + ".new")
+        listener.listen(1)
+        os.rename(path + ".new", path)
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        poll.register(listener, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        if 0 in ready:
+            return False
+        connection, _ = listener.accept()
+        os.unlink(path)
+    with connection:
+        for descriptor in (0, 1):
+            os.dup2(connection.fileno(), descriptor)
+    return True
+
+
+def main(place: cases.Place = CONTAINER, *, group: int | None = None) -> None:
+    """Serves jobs until there are no more. group: which one may call the socket; None is standard input and output."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError("prctl(PR_SET_CHILD_SUBREAPER)")
     nursery = Nursery(place)
+    if group is not None and not listen(SOCKETS, group):
+        return
     hello = read_message()
     if hello is None:
         return
@@ -483,4 +514,4 @@ def main(place: cases.Place = CONTAINER) -> None:
 
 
 if __name__ == "__main__" and "--warm" not in sys.argv:  # --warm: the image's build has the modules compiled
-    main()
+    main(group=int(sys.argv[2]) if sys.argv[1:2] == ["--listen"] else None)

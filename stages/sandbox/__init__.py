@@ -3,7 +3,8 @@
     protocol.py    Job, Result, Outcome, Limits: what travels
     pool.py        SandboxPool: warm sandboxes, one thread each; SandboxError when the sandbox itself fails
     channel.py     what backends share: one socket to the supervisor, one reply a job
-    container.py   the backend docker
+    container.py   the backend docker; attached.py is a running container and its standard streams
+    keeper.py      sandboxes that listen, for stages in containers, which reach them through sockets.py
     local.py       the backend local, for machines without Docker
     image.py       the container's image and where it comes from
     attacks/       the attacks that any backend must survive, one file each; corpus.py reads them

@@ -1,12 +1,11 @@
 """The backend docker: one sandbox container, how it is locked in and removed."""
 
-import contextlib
-import struct
-import time
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from stages.config import UserError
+from stages.sandbox.attached import STDOUT, Attached
 from stages.sandbox.channel import MAX_STDERR_BYTES, Sandbox
 from stages.sandbox.image import FOLDER, connect
 from stages.sandbox.protocol import SandboxError
@@ -14,20 +13,39 @@ from stages.sandbox.protocol import SandboxError
 MIB = 1 << 20
 OVERHEAD_BYTES = 128 * MIB  # supervisor and nursery 25 MB, the 2048 judge's tables up to 30 MB
 MAX_PIDS = 12  # init, supervisor, nursery, its go-between, one case
-REMOVE_S = 10.0
-STREAM_HEADER = struct.Struct(">BxxxL")  # the daemon's frame around output: stream (1 stdout, 2 stderr), length
-STDOUT = 1
+SOCKETS = "/socket"  # where a listening supervisor finds its folder
+# What it takes to make a socket and to accept a caller, on top of seccomp.json.
+LISTENING = (
+    {"action": "SCMP_ACT_ALLOW", "names": ["socket"], "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]},
+    {
+        "action": "SCMP_ACT_ALLOW",
+        "names": [
+            *("accept", "accept4", "bind", "getsockname", "getsockopt", "listen"),
+            *("chmod", "chown", "fchmodat", "fchownat", "rename", "renameat", "renameat2", "unlink", "unlinkat"),
+        ],
+    },
+)
 
 
-def host_config(client: Any, *, memory_bytes: int, runtime: str) -> dict[str, Any]:
-    """Returns the settings that lock a container in; memory_bytes is what one case may use."""
+def host_config(
+    client: Any, *, memory_bytes: int, runtime: str, folder: str = "", group: int | None = None
+) -> dict[str, Any]:
+    """Returns the settings that lock a container in; memory_bytes is what one case may use.
+
+    folder: of this machine, in which the supervisor listens for whoever has the group; neither for one that does not.
+    """
+    profile = json.loads((FOLDER / "seccomp.json").read_text())
+    if folder:
+        profile["syscalls"] += LISTENING
     limit = memory_bytes + OVERHEAD_BYTES
     config: dict[str, Any] = client.create_host_config(
         auto_remove=True,
+        binds=[f"{folder}:{SOCKETS}"] if folder else None,
         cap_add=["SETUID", "SETGID", "KILL"],
         cap_drop=["ALL"],
         cpu_period=100_000,
         cpu_quota=100_000,
+        group_add=[group] if folder else None,
         init=True,
         ipc_mode="none",
         log_config={"Type": "none"},
@@ -38,25 +56,9 @@ def host_config(client: Any, *, memory_bytes: int, runtime: str) -> dict[str, An
         pids_limit=MAX_PIDS,
         read_only=True,
         runtime=runtime or None,
-        security_opt=["no-new-privileges:true", f"seccomp={(FOLDER / 'seccomp.json').read_text()}"],
+        security_opt=["no-new-privileges:true", f"seccomp={json.dumps(profile)}"],
     )
     return config
-
-
-def remove(client: Any, container: str) -> None:
-    """Removes a container and waits until it is gone. Never raises: daemon and container may be gone already."""
-    import docker
-
-    deadline = time.monotonic() + REMOVE_S
-    while time.monotonic() < deadline:
-        try:
-            client.remove_container(container, force=True, v=True)
-        except docker.errors.NotFound:
-            return
-        except docker.errors.APIError:
-            time.sleep(0.05)  # the daemon is at it already: their pipe closed, or another thread asked
-        except (docker.errors.DockerException, OSError):
-            return
 
 
 class Container(Sandbox):
@@ -75,56 +77,41 @@ class Container(Sandbox):
         import docker
 
         super().__init__(memory_bytes=memory_bytes)
-        self.id = ""
         try:
             # A client of its own: those of the docker package keep every connection that they ever opened.
-            client = self.client = connect()
+            client = connect()
         except UserError as error:
             raise SandboxError(error.message) from error
         try:
-            created = client.create_container(
+            self.attached = Attached(
+                client,
                 image,
-                stdin_open=True,
+                labels=labels,
                 network_disabled=True,
-                labels=dict(labels),
                 host_config=host_config(client, memory_bytes=memory_bytes, runtime=runtime),
             )
-            self.id = created["Id"]
-            self.stream = client.attach_socket(self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            self.socket = getattr(self.stream, "_sock", self.stream)
-            client.start(self.id)
+            self.attached.start()
         except (docker.errors.DockerException, OSError) as error:
-            self.discard()
             raise SandboxError(f"a sandbox container does not start: {error}") from error
+        self.socket = self.attached.socket
         self.greet(harnesses)
+
+    @property
+    def id(self) -> str:
+        return self.attached.id
 
     def fill(self) -> None:
         """Reads one frame of the daemon's stream."""
-        stream, size = STREAM_HEADER.unpack(self.receive(STREAM_HEADER.size))
-        data = self.receive(size)
+        frame = self.attached.frame()
+        if frame is None:
+            raise SandboxError(f"the container ended{self.complaint()}")
+        stream, data = frame
         if stream == STDOUT:
             self.buffer += data
         else:
             self.stderr += data[: MAX_STDERR_BYTES - len(self.stderr)]
 
-    def receive(self, size: int) -> bytes:
-        assert self.socket is not None
-        parts = bytearray()
-        while len(parts) < size:
-            part = self.socket.recv(min(size - len(parts), MIB))
-            if not part:
-                raise SandboxError(f"the container ended{self.complaint()}")
-            parts += part
-        return bytes(parts)
-
     def discard(self) -> None:
         """Ends and removes the container; never raises."""
         self.hang_up()
-        if self.socket is not None:
-            # The client's stream and its socket share the descriptor, which stays open until both are closed.
-            with contextlib.suppress(OSError):
-                self.stream.close()
-                self.socket.close()
-        if self.id:
-            remove(self.client, self.id)
-        self.client.close()
+        self.attached.discard()

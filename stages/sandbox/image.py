@@ -73,37 +73,42 @@ def require_image(client: Any) -> str:
     return name
 
 
-def obtain_base(client: Any) -> str:
-    """Returns the name of a base that the daemon has now: found, pulled, or made of this machine's Debian packages."""
+def obtain_base(client: Any, wanted: str = BASE, *, purpose: str = "sandbox") -> str:
+    """Returns the name of a base that the daemon has now: found, pulled, or made of this machine's Debian packages.
+
+    purpose: what containers/base.sh puts into one that is made here.
+    """
     import docker
 
-    if has_image(client, BASE):
-        return BASE
+    if has_image(client, wanted):
+        return wanted
     try:
-        for event in client.pull(*BASE.split(":"), stream=True, decode=True):
+        for event in client.pull(*wanted.split(":"), stream=True, decode=True):
             if "error" in event:
                 raise docker.errors.DockerException(event["error"])
-        return BASE
+        return wanted
     except (docker.errors.DockerException, OSError) as error:
         reason = str(error).splitlines()[0][:200]
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise UserError(
-            f"the base image {BASE} cannot be pulled: {reason}",
+            f"the base image {wanted} cannot be pulled: {reason}",
             "make a registry reachable, or load an image that has Python 3.11 or newer and name it with --base",
         )
-    return make_base(client)
+    return make_base(client, purpose=purpose)
 
 
-def make_base(client: Any) -> str:
+def make_base(client: Any, *, purpose: str = "sandbox") -> str:
     """Makes the base from Debian packages and returns its name; UserError when that fails."""
     import docker
 
     tag = hashlib.sha256(BASE_SCRIPT.read_bytes()).hexdigest()[:16]
+    if purpose != "sandbox":
+        tag = f"{purpose}-{tag}"
     if has_image(client, f"{LOCAL_BASE}:{tag}"):
         return f"{LOCAL_BASE}:{tag}"
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder) / "base.tar"
-        done = subprocess.run(["bash", str(BASE_SCRIPT), str(tar)], capture_output=True, text=True)
+        done = subprocess.run(["bash", str(BASE_SCRIPT), str(tar), purpose], capture_output=True, text=True)
         if done.returncode:
             words = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise UserError(

@@ -12,14 +12,18 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from stages.config import SandboxConfig, UserError
+from stages.sandbox.attached import remove
 from stages.sandbox.channel import Sandbox
-from stages.sandbox.container import Container, remove
+from stages.sandbox.container import Container
 from stages.sandbox.image import connect, require_image
 from stages.sandbox.local import LocalSandbox, find_walls
 from stages.sandbox.protocol import MAX_PROGRAM_BYTES, Job, Outcome, Result, SandboxError
+from stages.sandbox.sockets import Sockets, SocketSandbox
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +52,14 @@ class SandboxPool:
         harnesses: Mapping[str, str],
         labels: Mapping[str, str],
         jobs_per_container: int = JOBS_PER_CONTAINER,
+        sockets: Path | None = None,
     ) -> None:
         """Starts the threads, which start the sandboxes; UserError when what the backend needs is not there."""
         self.config = config
         self.harnesses = dict(harnesses)
         self.labels = {**labels, LABEL: "1"}
         self.jobs_per_container = jobs_per_container
-        self.make = maker(config, harnesses=self.harnesses, labels=self.labels)
+        self.make = maker(config, harnesses=self.harnesses, labels=self.labels, sockets=sockets)
         self.waiting: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self.closing = False
         self.lock = threading.Lock()
@@ -168,8 +173,13 @@ class SandboxPool:
         self.close()
 
 
-def maker(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str]) -> Callable[[], Sandbox]:
+def maker(
+    config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str], sockets: Path | None = None
+) -> Callable[[], Sandbox]:
     """Returns what starts a sandbox of the configured backend; UserError when what that needs is not there."""
+    if sockets is not None:
+        listening = Sockets(sockets)
+        return lambda: SocketSandbox(listening, harnesses=harnesses, memory_bytes=config.memory_bytes)
     if config.backend == "local":
         if config.runtime:
             raise UserError(
@@ -182,12 +192,7 @@ def maker(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mappin
     if config.backend != "docker":
         raise UserError(f"sandbox.backend={config.backend} is none", "set it to docker or local")
     client = connect()
-    image = require_image(client)
-    if config.runtime and config.runtime not in client.info().get("Runtimes", {}):
-        raise UserError(
-            f"Docker has no runtime {config.runtime}",
-            "set sandbox.runtime to one that `docker info` lists, or to nothing",
-        )
+    image = usable_image(client, config)
     client.close()
     return lambda: Container(
         image=image,
@@ -198,13 +203,27 @@ def maker(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mappin
     )
 
 
-def open_pool(config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str]) -> SandboxPool:
+def usable_image(client: Any, config: SandboxConfig) -> str:
+    """Returns the sandbox image's name; UserError when it or the configured runtime is missing."""
+    image = require_image(client)
+    if config.runtime and config.runtime not in client.info().get("Runtimes", {}):
+        raise UserError(
+            f"Docker has no runtime {config.runtime}",
+            "set sandbox.runtime to one that `docker info` lists, or to nothing",
+        )
+    return image
+
+
+def open_pool(
+    config: SandboxConfig, *, harnesses: Mapping[str, str], labels: Mapping[str, str], sockets: Path | None = None
+) -> SandboxPool:
     """Returns a pool of config.containers warm sandboxes that know these harnesses (name -> source text).
 
     UserError when Docker or the image is missing, or the kernel gives too little for the backend local. Containers bear
     `labels`, by which reap() finds what a killed run left; a local sandbox ends with the process that opened it.
+    sockets: a folder in which another process keeps sandboxes that listen (keeper.py); none is started then.
     """
-    return SandboxPool(config, harnesses=harnesses, labels=labels)
+    return SandboxPool(config, harnesses=harnesses, labels=labels, sockets=sockets)
 
 
 def reap(labels: Mapping[str, str], *, backend: str = "docker") -> int:

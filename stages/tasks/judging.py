@@ -45,11 +45,17 @@ def limits_of(config: SandboxConfig) -> Limits:
 
 
 def sandbox_of(context: StageContext, task: Task) -> SandboxPool:
-    """Returns the session's pool of sandboxes, opened when first asked for."""
+    """Returns the session's pool of sandboxes, opened when first asked for.
+
+    Where the session has "sandboxes", a folder with their sockets, the pool is of those.
+    """
     return context.session.get(
         "sandbox",
         lambda: open_pool(
-            context.config.sandbox, harnesses={task.name: task.harness_source()}, labels=context.run.labels()
+            context.config.sandbox,
+            harnesses={task.name: task.harness_source()},
+            labels=context.run.labels(),
+            sockets=context.session.find("sandboxes"),
         ),
     )
 
