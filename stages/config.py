@@ -148,12 +148,18 @@ class ExportConfig:
 class StepsConfig:
     runner: Literal["process", "docker"] = "process"
     # where a stage runs
+    lock: str = "gpu"
+    # what no other run may work on meanwhile: the GPU, none, or a name of your own (flows/devices.py)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # of the log file in the run directory
+    format: Literal["text", "json"] = "text"
+    # of the log file and of what is printed while a run goes on
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "prometheus"] = "none"
+    # what is told the figures of each finished stage (flows/tracking.py)
 
 
 # Inclusive limits of the numbers; a key that is not here may have any finite value.

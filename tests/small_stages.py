@@ -60,6 +60,7 @@ def score(context: StageContext) -> None:
         for piece, reward in enumerate(rewards)
     ]
     write_parts(context.out, "scores", rows, scores_schema(["works"]))
+    context.progress(4, 4, "completions", **{"mean reward": sum(rewards) / 4})
 
 
 def update(context: StageContext) -> None:

@@ -216,8 +216,12 @@ def test_a_run_shows_in_prefect_with_its_tasks_rewards_and_summary(prefect_serve
     assert [task["name"] for task in tasks] == [str(stage) for stage in stages_of(CONFIG)]
     assert {task["state_type"] for task in tasks} == {"COMPLETED"}
     artifacts = ask(prefect_server, "artifacts/filter", **wanted, limit=200)
-    progress = {each["description"]: each["data"] for each in artifacts if each["type"] == "progress"}
-    assert progress == {str(stage): 100.0 for stage in stages_of(CONFIG)}
+    shown = [each for each in artifacts if each["type"] == "progress"]
+    progress = {each["description"].partition(":")[0]: each["data"] for each in shown}
+    assert progress == {str(stage): 100.0 for stage in stages_of(CONFIG)} | {"run": 100.0}
+    descriptions = {each["description"] for each in shown}
+    assert "rollout 1: 4 of 4 completions, tokens/s 100" in descriptions
+    assert any(each.startswith("run: reward ") for each in descriptions)
     tables = [json.loads(each["data"]) for each in artifacts if each["type"] == "table"]
     assert sorted(len(table) for table in tables) == [1, 2]
     assert {"iteration", "reward", "completions", "ok"} == set(tables[0][0])

@@ -91,6 +91,14 @@ class RunDir:
         with locked(self.path / ".lock", f"{self.path} is being worked on by another process", wait=False):
             yield
 
+    def is_busy(self) -> bool:
+        """Whether a process works on the run."""
+        try:
+            with self.lock():
+                return False
+        except UserError:
+            return True
+
 
 KNOWN = {"logs", "environment.json", "config.json", ".lock"}
 NO_SPACE = "free some space (flexsink runs shows what is large), then go on with: flexsink resume RUN"
