@@ -140,11 +140,10 @@ def test_another_user_can_lock_a_device_that_somebody_else_used_first(tmp_path: 
     first = make_run(tmp_path / "a", "cpu")
     with devices.held(first, first.config()):
         pass
-    program = f"""
+    program = """
 import os
-os.setuid(65534)
-import fcntl
 from flows import devices
+os.setuid(65534)
 descriptor = devices.opened(devices.lock_file("cpu"))
 print(devices.taken(descriptor))
 print(os.path.getsize(devices.lock_file("cpu")) > 0)
