@@ -6,7 +6,7 @@ interrupted.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -164,6 +164,7 @@ def resume_command(args: argparse.Namespace) -> int:
 def go(run: "RunDir", config: RunConfig) -> int:
     """Trains until the end and prints the summary; 130 after Ctrl-C, saying how to go on."""
     from flows.progress import plain, terminal
+    from flows.summary import finish
     from flows.train import train
     from stages.exits import guarded
 
@@ -178,18 +179,6 @@ def go(run: "RunDir", config: RunConfig) -> int:
     if code == 0:
         finish(run, plain(config.logging.format).note)
     return code
-
-
-def finish(run: "RunDir", note: Callable[[str], None]) -> None:
-    """Writes the report and tells what the run came to."""
-    from flows.summary import Summary
-
-    for line in Summary.of(run).lines():
-        note(line)
-    try:
-        note(f"report      {stages.report.write_report(run.path)}")
-    except UserError as error:
-        note(f"report      not written: {error.message}")  # the run itself is whole
 
 
 def plan_command(args: argparse.Namespace) -> int:

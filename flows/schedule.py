@@ -30,11 +30,11 @@ from prefect.runner import Runner
 from prefect.runtime import deployment, flow_run
 from prefect.types.entrypoint import EntrypointType
 
-import stages.report
 from flows import server, steps
 from flows.config import continues, overridden, resolved
 from flows.presets import preset
 from flows.progress import Views, plain
+from flows.summary import finish
 from flows.train import go_on, stages_of, working
 from stages.artifacts import RunDir
 from stages.artifacts.run import write_json
@@ -130,7 +130,7 @@ def scheduled(preset_name: str, overrides: list[str] | None = None, root: str = 
         server.crash_leftovers(run, but=own)
         shown = work._replace(view=Views([work.view, steps.Artifacts(run)]))
         steps.inside_flow(run, lambda: go_on(run, config, shown, steps.prefect))
-    stages.report.write_report(run.path)
+        finish(run, view.note)
 
 
 def run_of(flow_run_id: str, runs: Path) -> RunDir | None:

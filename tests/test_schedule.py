@@ -1,4 +1,4 @@
-"""Schedules on a machine that several people share: the services of containers/compose.yaml, run from Debian's packages.
+"""Schedules on a machine that people share: the services of containers/compose.yaml, run from Debian's packages.
 
 PostgreSQL, the Prefect server, the deployments and the worker run with the commands and settings that docker-compose
 reads from the file; only addresses differ. Stages are small ones (tests/small_stages.py), everything else is real.
@@ -63,8 +63,8 @@ def test_the_composition_keeps_its_data_listens_here_only_and_gives_the_docker_s
 @needs_compose
 def test_a_composition_without_a_password_is_refused() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "FLEXSINK_AUTH"}
-    command = ["docker-compose", "-f", str(COMPOSE), "config"]
     environment |= {"FLEXSINK_HOME": "/tmp"}
+    command = ["docker-compose", "-f", str(COMPOSE), "config"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "user:password" in done.stderr
@@ -79,6 +79,7 @@ class Machine:
         self.ports = {"postgres:5432": server.free_port(), "server:4200": server.free_port()}
         self.url = f"http://127.0.0.1:{self.ports['server:4200']}/api"
         self.started: list[subprocess.Popen[bytes]] = []
+        self.worker: subprocess.Popen[bytes] | None = None
         self.mood = home / "mood"
         self.mood.write_text("")
         for name in ("containers", "flows", "stages", "tests"):
@@ -94,7 +95,8 @@ class Machine:
             for address, port in self.ports.items():
                 value = value.replace(address, f"127.0.0.1:{port}")
             here[name] = value
-        return here | {"SMALL_STAGES": f"@{self.mood}", "FLEXSINK_LOCKS": str(self.home / "locks")}
+        here |= {"SMALL_STAGES": f"@{self.mood}", "FLEXSINK_LOCKS": str(self.home / "locks")}
+        return here | {"PREFECT_WORKER_QUERY_SECONDS": "1"}  # instead of 10
 
     def command(self, service: str) -> list[str]:
         port = {"0.0.0.0": "127.0.0.1", "4200": str(self.ports["server:4200"])}
@@ -171,7 +173,19 @@ class Machine:
         return str(body["id"])
 
     def wait_for_state(self, flow_run: str, *states: str) -> None:
-        wait_for(lambda: self.ask(f"flow_runs/{flow_run}")["state_type"] in states, 120, f"{states}")
+        deadline = time.monotonic() + 180
+        while (state := self.ask(f"flow_runs/{flow_run}")["state"])["type"] not in states:
+            assert state["type"] in ("SCHEDULED", "PENDING", "RUNNING"), state
+            assert time.monotonic() < deadline, state
+            self.keep_worker()
+            time.sleep(0.3)
+
+    def keep_worker(self) -> None:
+        """Does what the file's `restart` asks for. Prefect's worker dies of a retry that comes before the failed process
+        has left, and takes the retry up when it is started again."""
+        assert self.services["worker"]["restart"] == "unless-stopped"
+        if self.worker is None or self.worker.poll() is not None:
+            self.worker = self.start("worker")
 
     def run_of(self, flow_run: str) -> RunDir:
         """The run directory that a flow run worked in."""
@@ -236,7 +250,6 @@ def test_a_scheduled_run_fails_is_retried_killed_and_gone_on_with_by_every_way_t
 
     # It fails in the second iteration; a retry, as the UI's button asks for it, ends the same run.
     machine.mood.write_text("fail")
-    worker = machine.start("worker")
     flow_run = machine.tick()
     machine.wait_for_state(flow_run, "FAILED")
     assert "the tokens ran out" in machine.ask(f"flow_runs/{flow_run}")["state"]["message"]
@@ -245,10 +258,9 @@ def test_a_scheduled_run_fails_is_retried_killed_and_gone_on_with_by_every_way_t
     assert len(done) == 5
     machine.mood.write_text("")
     state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
-    machine.ask(f"flow_runs/{flow_run}/set_state", state=state, force=True)
+    assert machine.ask(f"flow_runs/{flow_run}/set_state", state=state)["status"] == "ACCEPT"
     machine.wait_for_state(flow_run, "COMPLETED")
     assert is_whole(run)
-    assert (run.path / "report.html").is_file()
     assert {path: path.stat().st_ino for path in done} == done
     assert machine.ask(f"flow_runs/{flow_run}")["name"] == run.path.name
 
@@ -271,10 +283,11 @@ def test_a_scheduled_run_fails_is_retried_killed_and_gone_on_with_by_every_way_t
     machine.mood.write_text("pause")
     stuck = machine.tick()
     wait_for(lambda: bool(paused(machine.home)), 120, "the pause")
-    os.killpg(worker.pid, signal.SIGKILL)
+    assert machine.worker is not None
+    os.killpg(machine.worker.pid, signal.SIGKILL)
     for process in paused(machine.home):
         os.kill(process, signal.SIGKILL)
-    worker.wait()
+    machine.worker.wait()
     third = machine.run_of(stuck)
     assert machine.ask(f"flow_runs/{stuck}")["state_type"] == "RUNNING"
     machine.mood.write_text("")
