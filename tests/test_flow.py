@@ -160,6 +160,18 @@ def test_plan_warns_where_code_or_versions_differ(tmp_path: Path) -> None:
     assert any("score 0 was made with torch 1.0, now" in line for line in lines)
 
 
+def test_a_run_killed_before_any_change_on_its_disk_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    # All of the hundred places, or a quarter of them that is another one each time.
+    first, every = (0, 1) if int(os.environ.get("FLEXSINK_KILLS", "3")) >= 20 else (time.time_ns() % 4, 4)
+    command = [sys.executable, "-m", "tests.killed_run", str(tmp_path), str(first), str(every)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["problems"] == {}, f"from {first} every {every}"
+    for stage in stages_of(CONFIG):
+        assert any(change.startswith(f"os.rename {stage.folder.parent / '.tmp-'}") for change in found["changes"])
+
+
 # What follows runs the command in a process of its own, against a real Prefect server.
 
 

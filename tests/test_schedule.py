@@ -5,6 +5,7 @@ reads from the file; only addresses differ. Stages are small ones (tests/small_s
 """
 
 import base64
+import datetime
 import json
 import os
 import shutil
@@ -155,22 +156,34 @@ class Machine:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def ask(self, path: str, **body: Any) -> Any:
+    def ask(self, path: str, *, list_: list[Any] | None = None, **body: Any) -> Any:
         """What the server's HTTP interface answers."""
         headers = {
             "Content-Type": "application/json",
             "Authorization": "Basic " + base64.b64encode(AUTH.encode()).decode(),
         }
-        data, method = (json.dumps(body).encode(), "POST") if body else (None, "GET")
+        asked = list_ or body
+        data, method = (json.dumps(asked).encode(), "POST") if asked else (None, "GET")
         request = urllib.request.Request(f"{self.url}/{path}", data, headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
+    def deployment(self) -> str:
+        return str(self.ask(f"deployments/name/{DEPLOYMENT.replace(' ', '%20')}")["id"])
+
     def tick(self) -> str:
         """Has the deployment run now; the flow run's id."""
-        deployment = self.ask(f"deployments/name/{DEPLOYMENT.replace(' ', '%20')}")["id"]
-        body = self.ask(f"deployments/{deployment}/create_flow_run", state={"type": "SCHEDULED"})
+        body = self.ask(f"deployments/{self.deployment()}/create_flow_run", state={"type": "SCHEDULED"})
         return str(body["id"])
+
+    def schedule(self, seconds: float) -> str:
+        """Puts the deployment on a schedule whose first tick is so many seconds from now; that tick's flow run's id."""
+        first = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+        entry = {"active": True, "schedule": {"interval": 86400, "anchor_date": first.isoformat()}}
+        self.ask(f"deployments/{self.deployment()}/schedules", list_=[entry])
+        wanted = {"deployments": {"id": {"any_": [self.deployment()]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        wait_for(lambda: bool(self.ask("flow_runs/filter", **wanted)), 60, "the tick")
+        return str(self.ask("flow_runs/filter", **wanted)[0]["id"])
 
     def wait_for_state(self, flow_run: str, *states: str) -> None:
         deadline = time.monotonic() + 180
@@ -181,8 +194,8 @@ class Machine:
             time.sleep(0.3)
 
     def keep_worker(self) -> None:
-        """Does what the file's `restart` asks for. Prefect's worker dies of a retry that comes before the failed process
-        has left, and takes the retry up when it is started again."""
+        """Does what the file's `restart` asks for. Prefect's worker dies of a retry that comes before the failed
+        process has left, and takes the retry up when it is started again."""
         assert self.services["worker"]["restart"] == "unless-stopped"
         if self.worker is None or self.worker.poll() is not None:
             self.worker = self.start("worker")
@@ -197,7 +210,7 @@ class Machine:
         return found
 
     def flexsink(self, *words: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "tests.small_stages", *words]
+        command = [sys.executable, "-m", "flows.cli", *words]
         environment = self.environment("worker")
         return subprocess.run(command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -224,10 +237,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         wait_for(lambda: server.healthy(machine.url), 120, "the server")
         deployments = machine.start("deployments")
         assert deployments.wait(timeout=120) == 0, (machine.home / "deployments.log").read_text()
-        # The smallest preset, and one tick a few seconds from now; the others are made by hand.
-        machine.prefect(
-            "deploy", "--prefect-file", "containers/prefect.yaml", "--name", "tiny", "--param", "preset_name=tiny_test"
-        )
+        words = ("--prefect-file", "containers/prefect.yaml", "--name", "tiny", "--param", "preset_name=tiny_test")
+        machine.prefect("deploy", *words)
         yield machine
     finally:
         machine.stop()
@@ -250,8 +261,10 @@ def test_a_scheduled_run_fails_is_retried_killed_and_gone_on_with_by_every_way_t
 
     # It fails in the second iteration; a retry, as the UI's button asks for it, ends the same run.
     machine.mood.write_text("fail")
-    flow_run = machine.tick()
+    machine.keep_worker()
+    flow_run = machine.schedule(seconds=5)
     machine.wait_for_state(flow_run, "FAILED")
+    assert machine.ask(f"flow_runs/{flow_run}")["auto_scheduled"]
     assert "the tokens ran out" in machine.ask(f"flow_runs/{flow_run}")["state"]["message"]
     run = machine.run_of(flow_run)
     done = {path: path.stat().st_ino for path in run.path.rglob("manifest.json")}

@@ -72,6 +72,7 @@ def execute(
     digests = {other: finished_digest(run, other, stage) for other in upstream_of(stage)}
     decision = decide(run, config, stage, digests)
     if decision.manifest is not None:
+        remove_journals(folder)
         return decision.manifest
     busy = f"{stage} is being run by another process"
     with explained(run.path), locked(folder.parent / f".lock-{folder.name}", busy, wait=True):
@@ -101,9 +102,14 @@ def execute(
         set_aside(folder)
         os.rename(temporary, folder)
         fsync(folder.parent)
-        for journal in folder.rglob(f"*{SUFFIX}"):
-            journal.unlink()
+        remove_journals(folder)
     return manifest
+
+
+def remove_journals(folder: Path) -> None:
+    """Removes the journals of a published stage: of one made now, or of one killed before it came to that."""
+    for journal in folder.rglob(f"*{SUFFIX}"):
+        journal.unlink(missing_ok=True)
 
 
 def finished_digest(run: RunDir, stage: StageId, reader: StageId) -> str:
