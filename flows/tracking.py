@@ -1,8 +1,8 @@
 """What a tracker is told of a run, where `logging.tracker` names one: the figures of its iterations and evaluations.
 
-All of them are reached through accelerate, which the project needs anyway: its trackers have one interface for
-TensorBoard, Weights & Biases, trackio and MLflow; what Prometheus reads is written behind the same interface. The
-tracker's own package is the user's to install. Each stage is told once over all starts of a run; a tracker that
+All are reached through accelerate, which the project needs anyway: its trackers have one interface for TensorBoard,
+Weights & Biases and others; what Prometheus reads is written behind the same interface. The tracker's own package is
+the user's to install. Each stage is told once over all starts of a run; a tracker that
 fails is logged and never fails a run.
 """
 
@@ -10,7 +10,9 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,6 @@ from stages.config import RunConfig, UserError
 PACKAGES: dict[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboardX", "tensorboard"),
     "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow",),
     "prometheus": ("prometheus_client",),
 }
 
@@ -54,12 +54,7 @@ def started(name: str, run: RunDir, config: RunConfig) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState(cpu=True)  # its trackers log through it; no device is touched
-    if name == "prometheus":
-        tracker = prometheus(run)
-    else:
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        more = {"logging_dir": run.logs / name} if kind.requires_logging_directory else NAMED.get(name, dict)(run)
-        tracker = kind(run.path.name if kind.requires_logging_directory else "flexsink", **more)
+    tracker = prometheus(run) if name == "prometheus" else LOGGER_TYPE_TO_CLASS[name](**SETTINGS[name](run))
     try:
         tracker.start()
     except Exception as error:
@@ -69,17 +64,22 @@ def started(name: str, run: RunDir, config: RunConfig) -> Any:
     return tracker
 
 
-# How the trackers without a folder of their own call a run, and find it again when it is resumed.
-NAMED = {
+SETTINGS: dict[str, Callable[[RunDir], dict[str, Any]]] = {
+    # logs/tensorboard/<name of the run>: a file for each start, which TensorBoard reads as one
+    "tensorboard": lambda run: {
+        "run_name": run.path.name,
+        "logging_dir": run.logs / "tensorboard",
+        "filename_suffix": f".{time.time_ns()}",
+    },
+    # a project called flexsink; the id makes a resumed run go on there too
     "wandb": lambda run: {
+        "run_name": "flexsink",
         "name": run.path.name,
-        "id": run.labels()["flexsink.run"][:32].replace("/", "-"),
+        "id": re.sub(r"[^A-Za-z0-9_-]", "-", run.labels()["flexsink.run"])[-64:],
         "resume": "allow",
         "config": run.config().flat(),
         "dir": str(run.logs),
     },
-    "trackio": lambda run: {"name": run.path.name, "resume": "allow", "config": run.config().flat()},
-    "mlflow": lambda run: {"run_name": run.path.name},
 }
 
 

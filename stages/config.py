@@ -158,7 +158,7 @@ class LoggingConfig:
     # of the log file in the run directory
     format: Literal["text", "json"] = "text"
     # of the log file and of what is printed while a run goes on
-    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow", "prometheus"] = "none"
+    tracker: Literal["none", "tensorboard", "wandb", "prometheus"] = "none"
     # what is told the figures of each finished stage (flows/tracking.py)
 
 

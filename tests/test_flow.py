@@ -14,7 +14,7 @@ import pytest
 
 from flows import server
 from flows.config import overridden, resolved
-from flows.plan import warnings
+from flows.plan import show_run, warnings
 from flows.presets import preset
 from flows.progress import Lines
 from flows.steps import local
@@ -243,6 +243,31 @@ def test_a_run_shows_in_prefect_with_its_tasks_rewards_and_summary(prefect_serve
 
 
 @pytest.mark.docker
+def test_json_on_request_is_one_object_a_line_on_the_terminal_and_in_the_log(
+    prefect_server: str, tmp_path: Path
+) -> None:
+    words = ("train", "tiny_test", "logging.format=json", "--run-dir", "run")
+    done = flexsink(*words, url=prefect_server, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["message"] == "run run"
+    finished = [event for event in events if event["event"] == "finished"]
+    assert [event["stage"] for event in finished] == [str(stage) for stage in stages_of(CONFIG)]
+    rollout = next(event for event in finished if event["stage"] == "rollout 1")
+    assert (rollout["done"], rollout["tokens/s"]) == (4, 100.0)
+    log = [json.loads(line) for line in (tmp_path / "run/logs/flexsink.log").read_text().splitlines()]
+    assert any(line["message"].startswith("rollout 1: done in ") and line["level"] == "INFO" for line in log)
+
+
+@pytest.mark.timed
+def test_prefect_adds_less_than_50_ms_to_a_stage(prefect_server: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.orchestration", "--server", prefect_server]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["added_ms"] < 50
+
+
+@pytest.mark.docker
 def test_a_failing_stage_is_one_line_and_a_failed_flow_run(prefect_server: str, tmp_path: Path) -> None:
     done = flexsink("train", "tiny_test", "--run-dir", "run", url=prefect_server, cwd=tmp_path, mood="fail")
     assert done.returncode == 2
@@ -257,7 +282,9 @@ def test_a_failing_stage_is_one_line_and_a_failed_flow_run(prefect_server: str, 
 
 
 @pytest.mark.docker
-def test_after_a_kill_the_run_goes_on_and_the_old_flow_run_is_crashed(prefect_server: str, tmp_path: Path) -> None:
+def test_after_a_kill_the_run_goes_on_and_the_old_flow_run_is_crashed(
+    prefect_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     process = flexsink(
         "train", "tiny_test", "--run-dir", "run", url=prefect_server, cwd=tmp_path, mood="pause", start=True
     )
@@ -269,6 +296,11 @@ def test_after_a_kill_the_run_goes_on_and_the_old_flow_run_is_crashed(prefect_se
     assert flow_run(prefect_server, run)["state_type"] == "RUNNING"
     (journal,) = run.path.rglob("*.journal")
     os.link(journal, tmp_path / "kept.journal")
+    show_run(run, CONFIG)
+    planned = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "rollout 1 RUN not done yet; 2 completions are kept" in planned
+    assert "score 1 RUN rollout 1 is not done" in planned
+    assert "5 to run, 5 to reuse" in planned
     done = flexsink("resume", "run", url=prefect_server, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "reused        5 stages, the last is update 0" in done.stdout

@@ -14,10 +14,11 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from flows import server
 from stages.artifacts import RunDir
 
 ROOT = Path(__file__).parent.parent
@@ -58,14 +59,81 @@ def flow(prefect_server: str) -> Flow:
     return Flow(prefect_server)
 
 
+# Notes every name that a process asks for and every address it speaks to, but those of this machine.
+NETWORK_WATCH = """
+import os, sys
+def hook(event, arguments):
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in (None, "", "localhost", "::1") and not host.startswith("127."):
+        log = os.open(os.environ["NETWORK_WATCH"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(log, f"{event} {host} in {sys.argv}\\n".encode())
+        os.close(log)
+sys.addaudithook(hook)
+"""
+
+
+class FirstRun(NamedTuple):
+    path: Path
+    seconds: float
+    # without the start of a server
+    output: str
+    errors: str
+    spoken_to: str
+    # what NETWORK_WATCH noted
+
+
 @pytest.fixture(scope="module")
-def quiet_run(flow: Flow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run that nothing disturbed, and how many seconds it took."""
-    path = tmp_path_factory.mktemp("quiet") / "run"
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> FirstRun:
+    """A run that nothing disturbed, the first on its machine: without a server, a home or a cache."""
+    folder = tmp_path_factory.mktemp("quiet")
+    path, watched = folder / "run", folder / "network.txt"
+    for name in ("home", "data", "watch"):
+        (folder / name).mkdir()
+    (folder / "data/tiny").symlink_to(ROOT / "data/tiny")
+    (folder / "watch/sitecustomize.py").write_text(NETWORK_WATCH)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "HF_"))}
+    environment |= {"HOME": str(folder / "home"), "NETWORK_WATCH": str(watched)}
+    environment |= {"PYTHONPATH": f"{folder / 'watch'}:{ROOT}"}
+    command = [sys.executable, "-m", "flows.cli", "train", "tiny_test", "--run-dir", str(path)]
     started = time.monotonic()
-    code, _, errors = flow.run("train", "tiny_test", "--run-dir", str(path))
-    assert (code, errors) == (0, "")
-    return path, time.monotonic() - started
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=560)
+        seconds = time.monotonic() - started
+    finally:
+        server.stop(folder / "data/.prefect")
+    assert done.returncode == 0, done.stderr
+    state = folder / "data/.prefect"
+    seconds -= (path / "logs/flow_runs.txt").stat().st_mtime - (state / ".lock").stat().st_mtime
+    spoken_to = watched.read_text() if watched.exists() else ""
+    return FirstRun(path, seconds, done.stdout, done.stderr, spoken_to)
+
+
+@pytest.fixture(scope="module")
+def quiet_run(first_run: FirstRun) -> tuple[Path, float]:
+    return first_run.path, first_run.seconds
+
+
+def test_the_network_watch_would_notice(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NETWORK_WATCH)
+    program = "import socket; socket.socket().connect_ex(('192.0.2.1', 0)); socket.getaddrinfo('127.0.0.1', 80)"
+    environment = {"PYTHONPATH": str(tmp_path), "NETWORK_WATCH": str(tmp_path / "log")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert (tmp_path / "log").read_text() == "socket.connect 192.0.2.1 in ['-c']\n"
+
+
+def test_the_first_run_on_a_machine_warns_of_nothing_and_speaks_to_no_other_machine(first_run: FirstRun) -> None:
+    assert first_run.errors == ""
+    assert first_run.spoken_to == ""
+    lines = first_run.output.splitlines()
+    assert lines[:2] == [f"run {first_run.path}", "starting the project's Prefect server"]
+    assert [line[:9].strip() for line in lines[2:5]] == ["load", "evaluate", "rollout 0"]
+    assert not [line for line in lines if "warn" in line.lower() or "deprecat" in line.lower()]
 
 
 @pytest.fixture

@@ -44,8 +44,11 @@ def measure(folder: Path, url: str) -> dict[str, Any]:
     try:
         os.environ["PREFECT_API_URL"] = url
         server.connect(lambda text: None)
+        from prefect.logging.handlers import APILogHandler
+
         with_prefect, whole = stages_in_prefect(folder / "in-prefect")
         alone = stages_alone(folder / "alone")
+        APILogHandler().flush()  # of what every handler was given, while there is a server to take it
     finally:
         if own:
             server.stop(folder / "server")
