@@ -53,6 +53,7 @@ def started(name: str, run: RunDir, config: RunConfig) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    os.environ.setdefault("WANDB_CONSOLE", "off")  # the terminal is the progress's
     PartialState(cpu=True)  # its trackers log through it; no device is touched
     tracker = prometheus(run) if name == "prometheus" else LOGGER_TYPE_TO_CLASS[name](**SETTINGS[name](run))
     try:
