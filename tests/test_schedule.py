@@ -149,24 +149,18 @@ class Machine:
                     except subprocess.TimeoutExpired:
                         continue
 
-    def prefect(self, *words: str) -> str:
-        environment = self.environment("deployments")
-        command = [sys.executable, "-m", "prefect", "--no-prompt", *words]
-        done = subprocess.run(command, cwd=self.home, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def ask(self, path: str, *, list_: list[Any] | None = None, **body: Any) -> Any:
+    def ask(self, path: str, *, list_: list[Any] | None = None, method: str = "", **body: Any) -> Any:
         """What the server's HTTP interface answers."""
         headers = {
             "Content-Type": "application/json",
             "Authorization": "Basic " + base64.b64encode(AUTH.encode()).decode(),
         }
         asked = list_ or body
-        data, method = (json.dumps(asked).encode(), "POST") if asked else (None, "GET")
+        data = json.dumps(asked).encode() if asked else None
+        method = method or ("POST" if asked else "GET")
         request = urllib.request.Request(f"{self.url}/{path}", data, headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
+            return json.loads(answer.read() or "null")
 
     def deployment(self) -> str:
         return str(self.ask(f"deployments/name/{DEPLOYMENT.replace(' ', '%20')}")["id"])
@@ -237,8 +231,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         wait_for(lambda: server.healthy(machine.url), 120, "the server")
         deployments = machine.start("deployments")
         assert deployments.wait(timeout=120) == 0, (machine.home / "deployments.log").read_text()
-        words = ("--prefect-file", "containers/prefect.yaml", "--name", "tiny", "--param", "preset_name=tiny_test")
-        machine.prefect("deploy", *words)
+        parameters = {"preset_name": "tiny_test", "overrides": []}
+        machine.ask(f"deployments/{machine.deployment()}", method="PATCH", parameters=parameters)
         yield machine
     finally:
         machine.stop()
@@ -292,7 +286,7 @@ def test_one_run_goes_on_by_its_schedule_a_retry_a_resume_and_the_next_tick(mach
     tasks = machine.ask("task_runs/filter", flow_runs={"id": {"any_": [flow_run]}})
     assert "RUNNING" not in {task["state_type"] for task in tasks}
 
-    # The next tick ends it; the one after that begins another run.
+    # The next tick ends it.
     machine.mood.write_text("")
     following = machine.tick()
     machine.wait_for_state(following, "COMPLETED")
@@ -300,9 +294,6 @@ def test_one_run_goes_on_by_its_schedule_a_retry_a_resume_and_the_next_tick(mach
     assert {path: path.stat().st_ino for path in done} == done
     config = run.config()
     assert {decision.action for _, decision in survey(run, config, list(stages_of(config)))} == {"REUSE"}
-    last = machine.tick()
-    machine.wait_for_state(last, "COMPLETED")
-    assert machine.run_of(last).path != run.path
 
 
 def paused(run: RunDir) -> list[int]:
