@@ -1,7 +1,7 @@
 """The command `flexsink`. Heavy imports are inside the subcommands: `flexsink --help` takes a fraction of a second.
 
-Exit codes: 0 done; 1 the self-check failed; 2 an expected failure, told as `error: ...` and `hint: ...`; 130
-interrupted.
+Exit codes: 0 done; 1 a self-check or a comparison failed; 2 an expected failure, told as `error: ...` and `hint: ...`;
+130 interrupted.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import stages.bench.command
 import stages.report
 import stages.runs
 from flows.config import differences, overridden, resolved, resumed, shown
@@ -120,6 +121,20 @@ def parser() -> Parser:
     )
     bench_score.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
     bench_score.set_defaults(command=bench_score_command)
+
+    stages.bench.command.add_engine_arguments(
+        bench.add_parser("engine", help="how fast the engine decodes, how near the memory limit, beside its peers")
+    )
+    compare = commands.add_parser(
+        "compare-attention", help="how far each attention path is from transformers eager, layer by layer"
+    )
+    compare.add_argument("model", nargs="?", default="data/tiny", metavar="MODEL", help="folder or hub id (data/tiny)")
+    compare.add_argument("--shape", metavar="S", help="gpt-oss-20b or gpt-oss-120b, random weights, instead of MODEL")
+    compare.add_argument("--layers", type=int, default=4, metavar="N", help="layers of --shape (4)")
+    compare.add_argument("--tokens", type=int, default=640, metavar="N", help="length of the sequence (640)")
+    compare.add_argument("--dtypes", default="bf16,fp32", metavar="D,...", help="of bf16, fp16, fp32 (bf16,fp32)")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    compare.set_defaults(command=compare_attention_command)
 
     doctor = commands.add_parser("doctor", help="check this machine")
     doctor.set_defaults(command=doctor_command)
@@ -285,6 +300,25 @@ def bench_score_command(args: argparse.Namespace) -> int:
         words = [*args.overrides, *(f"--{name} {value}" for name, value in sizes.items())]
         show.write(args.out, figures, config, command=" ".join(["flexsink bench score", *words]))
     return 0
+
+
+def compare_attention_command(args: argparse.Namespace) -> int:
+    from stages.bench import compare_attention
+
+    result = compare_attention.run(
+        args.model,
+        shape=args.shape,
+        num_layers=args.layers,
+        num_tokens=args.tokens,
+        dtypes=args.dtypes.split(","),
+        note=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    compare_attention.print_table(result)
+    if args.json:
+        model = ["--shape", args.shape, "--layers", str(args.layers)] if args.shape else [args.model]
+        words = ["flexsink compare-attention", *model, "--tokens", str(args.tokens), "--dtypes", args.dtypes]
+        compare_attention.write(args.json, result, command=" ".join(words))
+    return 0 if result["right"] else 1
 
 
 def doctor_command(args: argparse.Namespace) -> int:

@@ -66,6 +66,8 @@ class RolloutConfig:
     # of the sampling policy; no top-k or top-p in training, they bias the ratio
     max_slots: int = 32
     # completions decoded at the same time
+    cache_bytes: int = 0
+    # keys and values on a GPU, at most; 0 takes what is free but for 3 GiB, and no run takes more than it can use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "rollout.max_new_tokens": (1, 10_000_000),
     "rollout.temperature": (0.01, 100.0),
     "rollout.max_slots": (1, 100_000),
+    "rollout.cache_bytes": (0, 2**44),
     "update.learning_rate": (0.0, 1e6),
     "update.schedule_steps": (0, 10**9),
     "update.warmup_steps": (0, 10**9),

@@ -22,7 +22,7 @@ import numpy as np
 from stages.artifacts import StageContext, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import write_parts, write_table
-from stages.engine import Completion, Engine, Request, SamplingParams
+from stages.engine import Completion, Request, SamplingParams, live_engine
 from stages.model.policy import live_policy
 from stages.sandbox import Outcome
 from stages.tasks import judging, registry, tables
@@ -88,7 +88,7 @@ def sample(context: StageContext, task: Task, updates: int) -> dict[str, str]:
         texts[completion.completion_id] = text
         context.progress(len(texts), total, "completions")
 
-    engine = Engine(policy, max_slots=config.rollout.max_slots, max_new_tokens=config.rollout.max_new_tokens)
+    engine = live_engine(context, policy)
     engine.run(requests, on_finished=keep)
     seconds = time.perf_counter() - started
     context.timings.append({"what": "sample", "seconds": seconds, "tokens_per_s": num_tokens / max(seconds, 1e-9)})

@@ -116,8 +116,9 @@ def sample(policy: Policy, context: StageContext, *, count: int, prefix: str) ->
         )
         for number in range(count)
     ]
-    engine = Engine(policy, max_slots=config.rollout.max_slots, max_new_tokens=config.rollout.max_new_tokens)
-    return engine.run(requests)
+    rollout = config.rollout
+    sizes = {"max_slots": rollout.max_slots, "max_new_tokens": rollout.max_new_tokens}
+    return Engine(policy, **sizes, cache_bytes=rollout.cache_bytes).run(requests)
 
 
 def held_out_score(policy: Policy, context: StageContext) -> float:

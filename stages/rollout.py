@@ -15,7 +15,7 @@ from typing import Any
 from stages.artifacts import StageContext, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import ROLLOUTS, write_parts
-from stages.engine import Completion, Engine, Request, SamplingParams
+from stages.engine import Completion, Request, SamplingParams, live_engine
 from stages.model.policy import live_policy
 from stages.tasks import registry
 from stages.tasks.early import early_judging
@@ -82,7 +82,7 @@ def run(context: StageContext) -> None:
     for record in finished.values():
         judge_early(record)
     if missing:
-        engine = Engine(policy, max_slots=config.rollout.max_slots, max_new_tokens=config.rollout.max_new_tokens)
+        engine = live_engine(context, policy)
         engine.run(missing, on_finished=keep, on_step=count)
     seconds = time.perf_counter() - started
     rate = num_tokens / max(seconds, 1e-9)

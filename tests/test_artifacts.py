@@ -135,6 +135,7 @@ def test_reading_what_is_not_in_the_key_is_a_broken_invariant(run: RunDir) -> No
 FREE = (
     "train.iterations",
     "evaluate.every",
+    "rollout.cache_bytes",
     "steps.runner",
     "sandbox.containers",
     "sandbox.runtime",

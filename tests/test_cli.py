@@ -69,7 +69,20 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "resume", "plan", "inspect", "runs", "report", "evaluate", "export", "serve", "self-check", "bench"],
+    [
+        "train",
+        "resume",
+        "plan",
+        "inspect",
+        "runs",
+        "report",
+        "evaluate",
+        "export",
+        "serve",
+        "self-check",
+        "bench",
+        "compare-attention",
+    ],
 )
 def test_every_command_has_a_help(command: str) -> None:
     done = flexsink(command, "--help")

@@ -42,9 +42,6 @@ class Engine:
     lives = 1000
     sampled: ClassVar[list] = []
 
-    def __init__(self, policy, *, max_slots, max_new_tokens):
-        self.policy = policy
-
     def run(self, requests, *, on_finished=None, on_step=None):
         for request in requests:
             if Engine.lives == 0:
@@ -67,7 +64,7 @@ class Engine:
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
     monkeypatch.setattr(evaluate, "live_policy", lambda context, version: Policy())
-    monkeypatch.setattr(evaluate, "Engine", Engine)
+    monkeypatch.setattr(evaluate, "live_engine", lambda context, policy: Engine())
     monkeypatch.setattr(Engine, "lives", 1000)
     monkeypatch.setattr(Engine, "sampled", [])
 
@@ -102,7 +99,7 @@ def evaluated(run, config, pool, report=lambda progress: None):
 def done(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(evaluate, "live_policy", lambda context, version: Policy())
-    patch.setattr(evaluate, "Engine", Engine)
+    patch.setattr(evaluate, "live_engine", lambda context, policy: Engine())
     run, config = prepared(tmp_path_factory.mktemp("run"))
     rows, summary = evaluated(run, config, pipes(config))
     patch.undo()

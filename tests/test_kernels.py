@@ -97,7 +97,7 @@ def expert_inputs(
     for columns, rows in ((64, 192), (96, 64)):  # D 64, F 96
         quantized, bias = quantize(draw(8, rows, columns) / columns**0.5), draw(8, rows) * 0.1
         dense = dequantize(*quantized, F64).mT.contiguous()
-        weights.append(PackedWeight(quantized, bias.to(F64)) if packed else DenseWeight(dense, bias.to(F64)))
+        weights.append(PackedWeight(quantized, bias.to(F64), interleaved=False) if packed else DenseWeight(dense, bias.to(F64)))
     hidden = (draw(40, 64) * 3).to(F64).requires_grad_()
     logits = draw(40, 8)
     logits[:, 5] = -9.0  # an expert nobody chooses

@@ -11,6 +11,7 @@ from stages import load, rollout, update
 from stages.artifacts import RunDir, Session, StageContext, StageId, execute
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, scores_schema, write_parts
 from stages.config import RunConfig, UserError
+from stages.engine import Engine
 from stages.model.policy import Policy
 
 SETTINGS = ["rollout.max_new_tokens=64", "train.iterations=2", "model.experts=dequantized", "update.kl=0.01"]
@@ -74,7 +75,7 @@ def test_a_rollout_killed_in_the_middle_samples_only_what_is_missing_and_ends_eq
     run = RunDir.create(tmp_path / "run", settings())
     train(run, until=1)
     sampled: list[str] = []
-    original = rollout.Engine.run
+    original = Engine.run
 
     def dies(engine: object, requests: list, *, on_finished, on_step) -> object:  # type: ignore[no-untyped-def]
         def counted(completion) -> None:  # type: ignore[no-untyped-def]
@@ -85,7 +86,7 @@ def test_a_rollout_killed_in_the_middle_samples_only_what_is_missing_and_ends_eq
 
         return original(engine, requests, on_finished=counted, on_step=on_step)
 
-    monkeypatch.setattr(rollout.Engine, "run", dies)
+    monkeypatch.setattr(Engine, "run", dies)
     with pytest.raises(Killed):
         train(run, until=2)
     assert train(run) == finished[1]

@@ -2,7 +2,8 @@
 
 A stage's key is the sha256 of its name, index, STAGE_VERSION, the config values it reads (the seed is one of them) and
 the content digests of the stages it reads. Raise a STAGE_VERSION by hand when the stage would write something else from
-the same input. In no key: train.iterations, evaluate.every, steps.*, sandbox.{containers,backend,runtime}, logging.*.
+the same input. In no key: train.iterations, evaluate.every, rollout.cache_bytes, steps.*,
+sandbox.{containers,backend,runtime}, logging.*.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ ADAPTER = ("update.lora_rank", "update.lora_alpha")
 
 STAGES: dict[str, Stage] = {
     "load": Stage(1, ("model.*",), lambda _: []),
-    "rollout": Stage(1, ("rollout.*", "task.*", "train.seed", *ADAPTER), after),
+    "rollout": Stage(1, ("rollout.prompts", "rollout.group_size", *SAMPLING, "task.*", "train.seed", *ADAPTER), after),
     "score": Stage(2, JUDGING, lambda i: [StageId("rollout", i)]),
     "update": Stage(1, ("update.*", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),

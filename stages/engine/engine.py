@@ -1,11 +1,17 @@
-"""The loop: admit, sample, record, decode, until nothing waits."""
+"""The Engine: checks requests and completes them, on the CPU by the loop below, on a GPU by paged_engine.py.
+
+The CPU's loop: admit, sample, record, decode, until nothing waits. It always computes the same shape, so that what it
+samples is the same bits in any company; the GPU's works on as many rows as run, and makes no such promise.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from stages.artifacts import StageContext
 from stages.engine.cache import Cache
+from stages.engine.paged_engine import PagedEngine, Stats
 from stages.engine.runner import Runner
 from stages.engine.sampler import Sampler
 from stages.engine.scheduler import Scheduler
@@ -20,6 +26,9 @@ ROW_TILE = 16
 class Engine:
     """Samples completions of many prompts at once on the policy's own weights; holds no memory between runs.
 
+    The cache is given back after each run. On a GPU the engine keeps small things from one run to the next, captured
+    graphs above all, so one Engine should serve many runs; `close` frees those too.
+
     On the CPU a completion's tokens and log-probabilities are the same bits whoever shares the batch: they depend on
     its prompt, its sampling parameters, max_slots, max_new_tokens and the policy.
 
@@ -28,14 +37,40 @@ class Engine:
         completions = engine.run(requests, on_finished=journal)
     """
 
-    def __init__(self, policy: Policy, *, max_slots: int, max_new_tokens: int) -> None:
-        """max_slots: sequences that run at once; max_new_tokens: the most any request may ask for."""
+    def __init__(self, policy: Policy, *, max_slots: int, max_new_tokens: int, cache_bytes: int = 0) -> None:
+        """max_slots: sequences that run at once; max_new_tokens: the most any request may ask for.
+
+        cache_bytes: what keys and values may take on a GPU, 0 for what is free there; on the CPU max_slots and
+        max_new_tokens say it.
+        """
         if max_slots < 1 or max_new_tokens < 1:
             raise ValueError(f"max_slots and max_new_tokens must be 1 or more, got {max_slots} and {max_new_tokens}")
         self.policy = policy
-        self.max_slots = -(-max_slots // ROW_TILE) * ROW_TILE
         self.max_new_tokens = max_new_tokens
-        self.runner = Runner(policy)
+        self._paged: PagedEngine | None = None
+        if policy.device.type == "cuda":
+            self._paged = PagedEngine(
+                policy, max_slots=max_slots, max_new_tokens=max_new_tokens, cache_bytes=cache_bytes
+            )
+            self.max_slots = max_slots
+        else:
+            self.max_slots = -(-max_slots // ROW_TILE) * ROW_TILE
+            self.runner = Runner(policy)
+
+    @property
+    def stats(self) -> Stats | None:
+        """What the last run on a GPU did; None on the CPU."""
+        return self._paged.stats if self._paged else None
+
+    def release(self) -> None:
+        """Gives the cache back, as every run does when it ends."""
+        if self._paged:
+            self._paged.release()
+
+    def close(self) -> None:
+        """Gives back everything but the policy; another run begins from nothing."""
+        if self._paged:
+            self._paged.close()
 
     @torch.no_grad()
     def run(
@@ -54,7 +89,8 @@ class Engine:
         check_unique(requests)
         for request in requests:
             self._check(request)
-        return self._run(requests, on_finished or (lambda _: None), on_step or (lambda _: None))
+        run = self._paged.run if self._paged else self._run
+        return run(requests, on_finished or (lambda _: None), on_step or (lambda _: None))
 
     def _run(
         self, requests: Sequence[Request], on_finished: Callable[[Completion], None], on_step: Callable[[int], None]
@@ -136,3 +172,10 @@ class Engine:
         largest = self.policy.model.config.vocab_size
         if not all(0 <= token < largest for token in request.prompt_ids):
             raise ValueError(f"request {name} has a token id outside the vocabulary of {largest}")
+
+
+def live_engine(context: StageContext, policy: Policy) -> Engine:
+    """The session's one engine for its policy, as the configuration's rollout section has it."""
+    rollout = context.config.rollout
+    sizes = {"max_slots": rollout.max_slots, "max_new_tokens": rollout.max_new_tokens}
+    return context.session.get("engine", lambda: Engine(policy, **sizes, cache_bytes=rollout.cache_bytes))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.engine.sequence import SamplingParams
+from stages.kernels.sampling import filter_logits
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:
@@ -45,7 +46,7 @@ class Sampler:
         greedy = self._temperature == 0
         scaled = logits.float() / torch.where(greedy, 1.0, self._temperature)[:, None]
         if self._filtered:
-            scaled = self._filter(scaled)
+            scaled = filter_logits(scaled, top_k=self._top_k, top_p=self._top_p, min_p=self._min_p)
         logprobs = scaled.log_softmax(-1)
         cumulative = logprobs.double().exp_().cumsum(-1)
         total = cumulative[:, -1]
@@ -55,15 +56,3 @@ class Sampler:
         sampled = torch.searchsorted(cumulative, drawn[:, None], right=True).squeeze(1)
         tokens = torch.where(greedy, scaled.argmax(-1), sampled)
         return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-
-    def _filter(self, scaled: Tensor) -> Tensor:
-        """Logits with what top-k, top-p and min-p cut at -inf, row by row."""
-        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(scaled.shape[-1], device=scaled.device)
-        keep_k = torch.where(self._top_k > 0, self._top_k, scaled.shape[-1])
-        keep = rank < keep_k[:, None]
-        probabilities = ordered.masked_fill(~keep, -torch.inf).softmax(-1)
-        # A token stays while what is likelier than it has not yet reached top_p, so the likeliest always stays.
-        keep &= (probabilities.cumsum(-1) - probabilities < self._top_p[:, None]) | (self._top_p >= 1)[:, None]
-        keep &= probabilities >= self._min_p[:, None] * probabilities[:, :1]
-        return scaled.masked_fill(~torch.zeros_like(keep).scatter_(-1, order, keep), -torch.inf)

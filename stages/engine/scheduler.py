@@ -1,7 +1,7 @@
 """Who runs in which slot: first come, first served, a freed slot is refilled before the next token. No torch."""
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from stages.engine.sequence import Request, Sequence
@@ -27,10 +27,14 @@ class Scheduler:
     def done(self) -> bool:
         return not self.waiting and not self.running
 
-    def admit(self) -> list[Sequence]:
-        """Moves waiting sequences into free slots and returns them."""
+    def admit(self, reserve: Callable[[Sequence], bool] = lambda _: True) -> list[Sequence]:
+        """Moves waiting sequences into free slots and returns them.
+
+        reserve says whether there is memory for a sequence, and takes it; the first for which there is none waits, and
+        everyone behind it.
+        """
         admitted = []
-        while self.waiting and self._free:
+        while self.waiting and self._free and reserve(self.waiting[0]):
             sequence = self.waiting.popleft()
             sequence.slot = self._free.pop()
             self.running[sequence.slot] = sequence

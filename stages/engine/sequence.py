@@ -66,6 +66,8 @@ class Sequence:
     slot: int = -1  # -1 while it waits
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # of the paged cache, in the order of its tokens
+    num_launched: int = 0  # tokens asked of the device, of which it may still owe the last few
 
     def append(self, token: int, logprob: float) -> Literal["stop", "length"] | None:
         """Records a sampled token; says why the sequence has ended, if it has."""

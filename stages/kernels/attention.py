@@ -6,8 +6,8 @@ log-sum-exp gets sinks for two more operations, differentiable ones, and partial
 by their lse before the sink is applied (`attend`, `merge`, `apply_sinks`): a group's shared prompt is attended to apart
 from each completion.
 
-Covers: plain PyTorch paths with gradients on any device. Does not cover yet: flex_attention and Triton paths for the
-GPU.
+Covers: plain PyTorch paths with gradients on any device. A GPU's inference has its own: prefill_attention.py
+(flex_attention) and decode_attention.py (Triton).
 """
 
 from typing import NamedTuple

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.kernels.experts import Lora, experts, experts_fixed_shape
+from stages.kernels.packed_experts import Relaid
+from stages.kernels.packed_experts import dequantize as dequantize_relaid
 from stages.model.mxfp4 import Mxfp4, dequantize
+from stages.model.mxfp4_layout import fits, relay
 
 
 class DenseWeight(nn.Module):
@@ -33,24 +36,45 @@ class DenseWeight(nn.Module):
 
 
 class PackedWeight(nn.Module):
-    """E matrices kept as MXFP4 [E, out, in / 32, 16], the checkpoint's own bytes."""
+    """E matrices kept as MXFP4: on a CPU the checkpoint's own bytes, blocks [E, out, in / 32, 16] and scales
+    [E, out, in / 32]; on a GPU, where they fit it, the same bytes in the order its kernels read them.
+    """
 
     packed = True
     bias: Tensor
 
-    def __init__(self, quantized: Mxfp4, bias: Tensor) -> None:
+    def __init__(self, quantized: Mxfp4, bias: Tensor, *, interleaved: bool) -> None:
+        """interleaved: whether outputs alternate between gates and ups."""
         super().__init__()
-        self.blocks = nn.Buffer(quantized.blocks)  # uint8 [E, out, in / 32, 16]
-        self.scales = nn.Buffer(quantized.scales)  # uint8 [E, out, in / 32]
-        self.bias = nn.Parameter(bias, requires_grad=False)  # [E, out]
         self.num_experts, self.out_features = quantized.blocks.shape[:2]
         self.in_features = quantized.scales.shape[2] * 32
+        self.interleaved = interleaved
+        self.bias = nn.Parameter(bias, requires_grad=False)  # [E, out]
+        relaid = relay(quantized, interleaved=interleaved) if quantized.blocks.is_cuda and fits(quantized) else None
+        self.in_kernel_order = relaid is not None
+        first, second = quantized if relaid is None else relaid[:2]
+        self.blocks = nn.Buffer(first)
+        self.scales = nn.Buffer(second)
+
+    def relaid(self) -> Relaid | None:
+        """The weights as the kernels read them; None if they do not fit that order. On a CPU, a copy."""
+        if self.in_kernel_order:
+            return Relaid(self.blocks, self.scales, self.interleaved)
+        quantized = Mxfp4(self.blocks, self.scales)
+        return relay(quantized, interleaved=self.interleaved) if fits(quantized) else None
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.blocks[expert], self.scales[expert], dtype).mT
+        return self._some(slice(expert, expert + 1), dtype)[0]
 
     def stack(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.blocks, self.scales, dtype).mT
+        return self._some(slice(None), dtype)
+
+    def _some(self, experts: slice, dtype: torch.dtype) -> Tensor:
+        """The matrices [.., in, out] of some experts."""
+        if self.in_kernel_order:
+            relaid = Relaid(self.blocks, self.scales, self.interleaved)
+            return dequantize_relaid(relaid, dtype, experts=experts).mT
+        return dequantize(self.blocks[experts], self.scales[experts], dtype).mT
 
 
 class ExpertLora(nn.Module):
@@ -84,6 +108,14 @@ class Experts(nn.Module):
     def add_lora(self, *, rank: int, scale: float, dtype: torch.dtype) -> None:
         self.gate_up_lora = ExpertLora(self.gate_up, rank=rank, scale=scale, dtype=dtype)
         self.down_lora = ExpertLora(self.down, rank=rank, scale=scale, dtype=dtype)
+
+    def every_row(self, hidden: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        """As `forward`, without gradients, by every expert on every row: no shape in it depends on the routing."""
+        fixed_shape, self.fixed_shape = self.fixed_shape, True
+        try:
+            return self.forward(hidden, router_indices, routing_weights)
+        finally:
+            self.fixed_shape = fixed_shape
 
     def forward(self, hidden: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         use_lora = self.adapter_enabled and self.gate_up_lora is not None and self.down_lora is not None

@@ -4,12 +4,14 @@ The model is built empty and each tensor put in its place as it is read, so ther
 registered with transformers under the name `flexsink`, with a mask function that hands the padding mask on as it is.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GptOssForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from torch.nn import functional as F
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding, GptOssTopKRouter
 
 from stages.kernels.attention import sink_attention
 from stages.model.checkpoint import Checkpoint
@@ -17,6 +19,7 @@ from stages.model.experts import DenseWeight, Experts, PackedWeight
 from stages.model.mxfp4 import Mxfp4, dequantize
 
 ATTENTION_NAME = "flexsink"
+STACKS = ("gate_up_proj", "down_proj")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")  # float32, as transformers
 
 
@@ -46,35 +49,67 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
 
 
+class Router(GptOssTopKRouter):
+    """transformers' router, its logits in float32 in every dtype: rounded to bfloat16, one token in twenty of a layer
+    would go to other experts here than in the engine, whose sums are in another order.
+    """
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N, E], weights [N, k] and experts [N, k] of hidden [N, D]."""
+        logits = F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+        values, chosen = torch.topk(logits, self.top_k, dim=-1)
+        return logits, values.softmax(-1), chosen
+
+
 def build(
     checkpoint: Checkpoint, *, experts: str, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> GptOssForCausalLM:
-    """The checkpoint's model in eval mode; every parameter is frozen.
+    """The checkpoint's model, as `assemble` makes it."""
+    return assemble(checkpoint.config, checkpoint.tensors(), experts=experts, dtype=dtype, device=device)
 
-    experts: "mxfp4" keeps the checkpoint's blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay
-    dense in both. Norms stay float32 in every dtype, as transformers keeps them.
+
+def assemble(
+    config: Any,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    experts: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> GptOssForCausalLM:
+    """The model of these named tensors in eval mode; every parameter is frozen. A tensor that is on `device` and of the
+    right type already is taken as it is.
+
+    experts: "mxfp4" keeps blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay dense in both.
+    Norms stay float32 in every dtype, as transformers keeps them.
     """
-    config = checkpoint.config
     config._attn_implementation = ATTENTION_NAME
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
+        for layer in model.model.layers:
+            layer.mlp.router = Router(config)
     model.model.rotary_emb = GptOssRotaryEmbedding(config).to(device)  # its buffers are in no checkpoint
     stacks: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in tensors:
         layer, _, part = name.partition(".mlp.experts.")
-        if part:
-            keep = tensor.dtype == torch.uint8
-            stacks.setdefault(layer, {})[part] = tensor.to(device) if keep else tensor.to(device, dtype)
+        if not part:
+            owner, _, attribute = name.rpartition(".")
+            wanted = torch.float32 if name.endswith(NORMS) else dtype
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, wanted), requires_grad=False))
             continue
-        owner, _, attribute = name.rpartition(".")
-        wanted = torch.float32 if name.endswith(NORMS) else dtype
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, wanted), requires_grad=False))
-    for layer, parts in stacks.items():
-        weights = [_weight(parts, name, keep=experts == "mxfp4", dtype=dtype) for name in ("gate_up_proj", "down_proj")]
-        model.get_submodule(f"{layer}.mlp").experts = Experts(*weights, config=config)
+        parts = stacks.setdefault(layer, {})
+        parts[part] = tensor.to(device) if tensor.dtype == torch.uint8 else tensor.to(device, dtype)
+        if all(_complete(parts, stack) for stack in STACKS):  # at once: an unpacked layer's bytes are not kept
+            weights = [_weight(parts, stack, keep=experts == "mxfp4", dtype=dtype) for stack in STACKS]
+            model.get_submodule(f"{layer}.mlp").experts = Experts(*weights, config=config)
+            del stacks[layer], parts
     remaining = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not remaining, f"never loaded: {remaining}"
     return model.eval()
+
+
+def _complete(parts: dict[str, Tensor], stack: str) -> bool:
+    """Whether all of a stack's tensors have been read."""
+    return f"{stack}_bias" in parts and (stack in parts or {f"{stack}_blocks", f"{stack}_scales"} <= parts.keys())
 
 
 def _weight(parts: dict[str, Tensor], name: str, *, keep: bool, dtype: torch.dtype) -> DenseWeight | PackedWeight:
@@ -83,6 +118,6 @@ def _weight(parts: dict[str, Tensor], name: str, *, keep: bool, dtype: torch.dty
         return DenseWeight(parts[name], bias)
     quantized = Mxfp4(parts[f"{name}_blocks"], parts[f"{name}_scales"])
     if keep:
-        return PackedWeight(quantized, bias)
+        return PackedWeight(quantized, bias, interleaved=name == STACKS[0])
     # dequantized as [E, out, in]; transformers and we multiply by [E, in, out]
     return DenseWeight(dequantize(*quantized, dtype).mT.contiguous(), bias)

@@ -50,8 +50,11 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dtype: torch.dtype, s
     """Puts LoRA of `rank` on every attention projection and every expert of `model`; all other parameters are frozen.
 
     A is drawn from Kaiming's uniform distribution as PEFT does, by `seed` alone; B is zero, so nothing changes yet.
+    Rank 0: no LoRA at all.
     """
     model.requires_grad_(False)
+    if rank == 0:
+        return
     scale = alpha / rank
     for layer in model.model.layers:  # type: ignore[union-attr]
         for target in ATTENTION_TARGETS:

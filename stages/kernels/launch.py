@@ -1,0 +1,41 @@
+"""How this project's Triton kernels are launched."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_hopper(tensor: Tensor) -> bool:
+    """Whether the tensor lies on a card of compute capability 9.0 or more."""
+    return tensor.is_cuda and not interpreted() and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def asm(tensor: Tensor) -> bool:
+    """Whether kernels may use inline PTX: bfloat16 products in pairs exist from compute capability 9.0 on."""
+    return on_hopper(tensor)
+
+
+def launch_options(tensor: Tensor, *, warps: int, registers: int | None = None) -> dict[str, Any]:
+    """Keyword arguments of a kernel with a PDL flag: programmatic dependent launch, where there is such a thing.
+
+    A kernel so launched may begin before the one before it has ended, and waits for it where it says gdc_wait.
+    """
+    pdl = on_hopper(tensor)
+    options: dict[str, Any] = {"PDL": pdl, "num_warps": warps}
+    if pdl:
+        options["launch_pdl"] = True
+    if registers is not None and on_hopper(tensor):
+        options["maxnreg"] = registers
+    return options
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()

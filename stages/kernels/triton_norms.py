@@ -1,0 +1,81 @@
+"""Triton kernels that close a block of the decoder: its output into the residual stream, and the next RMS norm."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _normed(residual, weight, out, row, total, d, inside, eps, D: tl.constexpr):
+    """Writes the stream, and its RMS norm as transformers rounds it."""
+    tl.store(residual + row * D + d, total, mask=inside)
+    variance = tl.sum(total * total, axis=0) / D
+    scaled = total * tl.rsqrt(variance + eps) * tl.load(weight + d, mask=inside, other=0.0)
+    tl.store(out + row * D + d, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def embed_norm_kernel(
+    embedding, tokens, rows, residual, weight, out, eps, D: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr
+):
+    """residual float32 [b, D] = embedding[tokens[rows]], and its norm. Grid (b,); DP: D up to a power of two."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    inside = d < D
+    token = tl.load(tokens + tl.load(rows + row))
+    total = tl.load(embedding + token * D + d, mask=inside, other=0.0).to(tl.float32)
+    _normed(residual, weight, out, row, total, d, inside, eps, D)
+
+
+@triton.jit
+def add_norm_kernel(
+    residual, delta, bias, b, weight, out, eps, scale,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """residual [N, D] += delta + bias + scale * B t, and its norm. Grid (N,).
+
+    delta [N, D + R]: a projection's outputs and, in the last R columns, LoRA's inner products t; b [D, R].
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    inside = d < D
+    width: tl.constexpr = D + R
+    total = tl.load(delta + row * width + d, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    if R > 0:
+        rank = tl.arange(0, RP)
+        t = tl.load(delta + row * width + D + rank, mask=rank < R, other=0.0).to(tl.float32)
+        factor = tl.load(b + d[:, None] * R + rank[None, :], mask=inside[:, None] & (rank < R)[None, :], other=0.0)
+        total += tl.sum(factor.to(tl.float32) * t[None, :], axis=1) * scale
+    total += tl.load(residual + row * D + d, mask=inside, other=0.0)
+    _normed(residual, weight, out, row, total, d, inside, eps, D)
+
+
+@triton.jit
+def combine_norm_kernel(
+    residual, partials, routing, weight, out, part_stride, eps,
+    D: tl.constexpr, DP: tl.constexpr, TOPK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """residual [N, D] += the chosen experts' outputs by their weights, and its norm; always in the same order.
+
+    partials float32 [PARTS, N * TOPK, D]; routing float32 [N, TOPK]. Grid (N,).
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    inside = d < D
+    total = tl.load(residual + row * D + d, mask=inside, other=0.0)
+    for choice in tl.static_range(TOPK):
+        where = partials + (row * TOPK + choice) * D + d
+        value = tl.load(where, mask=inside, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            value += tl.load(where + part * part_stride, mask=inside, other=0.0)
+        total += value * tl.load(routing + row * TOPK + choice)
+    _normed(residual, weight, out, row, total, d, inside, eps, D)
