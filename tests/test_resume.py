@@ -20,6 +20,7 @@ import pytest
 
 from flows import server
 from stages.artifacts import RunDir
+from tests import network_watch
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("FLEXSINK_KILLS", "3"))
@@ -59,25 +60,6 @@ def flow(prefect_server: str) -> Flow:
     return Flow(prefect_server)
 
 
-# Notes every name that a process asks for and every address it speaks to, but those of this machine.
-NETWORK_WATCH = """
-import os, sys
-def hook(event, arguments):
-    if event == "socket.getaddrinfo":
-        host = arguments[0]
-    elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
-        host = arguments[1][0]
-    else:
-        return
-    host = host.decode() if isinstance(host, bytes) else host
-    if host not in (None, "", "localhost", "::1") and not host.startswith("127."):
-        log = os.open(os.environ["NETWORK_WATCH"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(log, f"{event} {host} in {sys.argv}\\n".encode())
-        os.close(log)
-sys.addaudithook(hook)
-"""
-
-
 class FirstRun(NamedTuple):
     path: Path
     seconds: float
@@ -85,7 +67,7 @@ class FirstRun(NamedTuple):
     output: str
     errors: str
     spoken_to: str
-    # what NETWORK_WATCH noted
+    # what tests/network_watch.py noted
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +78,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> FirstRun:
     for name in ("home", "data", "watch"):
         (folder / name).mkdir()
     (folder / "data/tiny").symlink_to(ROOT / "data/tiny")
-    (folder / "watch/sitecustomize.py").write_text(NETWORK_WATCH)
+    (folder / "watch/sitecustomize.py").write_text(network_watch.PROGRAM)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "HF_"))}
     environment |= {"HOME": str(folder / "home"), "NETWORK_WATCH": str(watched)}
     environment |= {"PYTHONPATH": f"{folder / 'watch'}:{ROOT}"}
@@ -117,14 +99,6 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> FirstRun:
 @pytest.fixture(scope="module")
 def quiet_run(first_run: FirstRun) -> tuple[Path, float]:
     return first_run.path, first_run.seconds
-
-
-def test_the_network_watch_would_notice(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(NETWORK_WATCH)
-    program = "import socket; socket.socket().connect_ex(('192.0.2.1', 0)); socket.getaddrinfo('127.0.0.1', 80)"
-    environment = {"PYTHONPATH": str(tmp_path), "NETWORK_WATCH": str(tmp_path / "log")}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
-    assert (tmp_path / "log").read_text() == "socket.connect 192.0.2.1 in ['-c']\n"
 
 
 def test_the_first_run_on_a_machine_warns_of_nothing_and_speaks_to_no_other_machine(first_run: FirstRun) -> None:
