@@ -137,6 +137,8 @@ def test_a_machine_without_a_gpu_locks_nothing(tmp_path: Path, monkeypatch: pyte
 def test_another_user_can_lock_a_device_that_somebody_else_used_first(tmp_path: Path) -> None:
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):
         folder.chmod(0o755)
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks").chmod(0o777)
     first = make_run(tmp_path / "a", "cpu")
     with devices.held(first, first.config()):
         pass

@@ -393,7 +393,7 @@ def test_stopping_never_ends_a_process_that_only_has_the_same_id(tmp_path: Path)
 def test_serving_trains_on_schedule_and_ends_after_so_many_runs(prefect_server: str, tmp_path: Path) -> None:
     # The run is a process of Prefect's making: it gets the small stages through sitecustomize.
     (tmp_path / "sitecustomize.py").write_text("from tests.small_stages import install\ninstall()\n")
-    words = ("serve", "tiny_test", "train.seed=3", "--cron", "* * * * *", "--stop-after-runs", "1")
+    words = ("serve", "tiny_test", "train.seed=3", "--cron", "* * * * *", "--limit", "1", "--stop-after-runs", "1")
     done = flexsink(*words, url=prefect_server, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -404,9 +404,16 @@ def test_serving_trains_on_schedule_and_ends_after_so_many_runs(prefect_server: 
     assert flow_run(prefect_server, run)["state_type"] == "COMPLETED"
 
 
-def test_a_wrong_cron_is_refused_at_once(prefect_server: str, tmp_path: Path) -> None:
-    done = flexsink("serve", "tiny_test", "--cron", "at night", url=prefect_server, cwd=tmp_path)
-    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "error: 'at night' is not a cron schedule")
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--cron", "at night"], "error: 'at night' is not a cron schedule"),
+        (["--cron", "* * * * *", "--limit", "0"], "error: --limit is 0"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_at_once(prefect_server: str, tmp_path: Path, words: list[str], error: str) -> None:
+    done = flexsink("serve", "tiny_test", *words, url=prefect_server, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, error)
 
 
 def test_an_error_of_a_stage_that_is_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from flows import server
 from stages.artifacts import RunDir
-from tests import network_watch
+from tests import killed_flow, network_watch
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("FLEXSINK_KILLS", "3"))
@@ -205,6 +205,32 @@ def test_a_run_killed_at_random_moments_ends_like_a_quiet_one(
         assert not list(path.rglob("*.journal"))
         shutil.rmtree(path)
     print(f"{resumed_midway} journals were gone on with")
+
+
+@pytest.mark.skipif(KILLS < 20, reason="minutes: FLEXSINK_KILLS=20 asks for it")
+@pytest.mark.timeout(3600)
+def test_one_run_killed_in_and_after_every_stage_ends_like_a_quiet_one(
+    flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    done: dict[str, int] = {}
+    quiet = quiet_run[0]
+    stages = sorted(published(quiet), key=lambda name: (quiet / name / "manifest.json").stat().st_mtime_ns)
+    assert len(stages) == 10
+    for stage in stages:
+        for moment in killed_flow.MOMENTS:
+            words = ("resume", str(path)) if path.exists() else ("train", "tiny_test", "--run-dir", str(path))
+            command = [sys.executable, "-m", "tests.killed_flow", str(path), stage, moment, *words]
+            killed = subprocess.run(command, cwd=ROOT, env=flow.environment, capture_output=True, text=True)
+            assert killed.returncode == -signal.SIGKILL, (stage, moment, killed.stderr)
+            now = published(path)
+            assert {name: now[name] for name in done} == done, (stage, moment)
+            assert set(now) == set(done) | ({stage} if moment == "published" else set()), (stage, moment)
+            done = now
+    flow.resume(path)
+    assert_same(path, quiet)
+    assert containers(path) == []
+    assert not [name for name in path.rglob("*") if name.name.startswith(".tmp-") or name.suffix == ".journal"]
 
 
 def repeated(journal: Path) -> list[str]:
