@@ -3,7 +3,7 @@
 Torch-free; pyarrow is imported by stages.artifacts.parquet alone, and that by what reads or writes tables.
 """
 
-from stages.artifacts.execute import Decision, decide, execute, survey
+from stages.artifacts.execute import Decision, decide, execute, look, survey
 from stages.artifacts.journal import Journal
 from stages.artifacts.keys import STAGES, upstream_of
 from stages.artifacts.manifest import Manifest
@@ -25,6 +25,7 @@ __all__ = [
     "decide",
     "derive",
     "execute",
+    "look",
     "survey",
     "upstream_of",
 ]

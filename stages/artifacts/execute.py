@@ -53,6 +53,21 @@ def decide(run: RunDir, config: RunConfig, stage: StageId, upstream_digests: Map
     return Decision("REUSE", "done, every file as recorded", key, inputs, manifest)
 
 
+def look(run: RunDir, config: RunConfig, stage: StageId, digests: Mapping[StageId, str] | None = None) -> Decision:
+    """The decision on a stage whose upstream is done; UserError when that is missing or damaged.
+
+    digests: of the upstream where it has just been verified. Journals that a kill right behind the rename left in a
+    finished stage's folder are removed.
+    """
+    if digests is None:
+        digests = {other: finished_digest(run, other, stage) for other in upstream_of(stage)}
+    decision = decide(run, config, stage, digests)
+    if decision.manifest is not None:
+        with explained(run.path):
+            remove_journals(run.folder(stage))
+    return decision
+
+
 def execute(
     run: RunDir,
     config: RunConfig,
@@ -60,23 +75,23 @@ def execute(
     function: Callable[[StageContext], None],
     session: Session,
     report: Report = silent,
-    *,
-    runner: str = "process",
+    **where: str,
 ) -> Manifest:
     """The stage's manifest: found valid, or made now by calling `function`. Its upstream must be done.
+
+    where: recorded in the manifest: the runner, and the image of a container.
 
     Errors: UserError when the upstream is missing or damaged, the disk is full, the folder cannot be written; whatever
     `function` raises. After an error the run directory is as it was, but for `.tmp-<key>`.
     """
     folder = run.folder(stage)
     digests = {other: finished_digest(run, other, stage) for other in upstream_of(stage)}
-    decision = decide(run, config, stage, digests)
+    decision = look(run, config, stage, digests)
     if decision.manifest is not None:
-        remove_journals(folder)
         return decision.manifest
     busy = f"{stage} is being run by another process"
     with explained(run.path), locked(folder.parent / f".lock-{folder.name}", busy, wait=True):
-        decision = decide(run, config, stage, digests)
+        decision = look(run, config, stage, digests)
         if decision.manifest is not None:
             return decision.manifest  # another process finished it while this one waited
         temporary = folder.parent / f".tmp-{decision.key}"
@@ -95,9 +110,8 @@ def execute(
         function(context)
         write_timings(context, time.perf_counter() - started)
         sync_all(temporary)
-        manifest = Manifest.of(
-            temporary, key=decision.key, inputs=decision.inputs, recorded=recorded(task=config.task.name, runner=runner)
-        )
+        made = recorded(task=config.task.name, **{"runner": "process", **where})
+        manifest = Manifest.of(temporary, key=decision.key, inputs=decision.inputs, recorded=made)
         manifest.write(temporary)
         set_aside(folder)
         os.rename(temporary, folder)
@@ -107,7 +121,6 @@ def execute(
 
 
 def remove_journals(folder: Path) -> None:
-    """Removes the journals of a published stage: of one made now, or of one killed before it came to that."""
     for journal in folder.rglob(f"*{SUFFIX}"):
         journal.unlink(missing_ok=True)
 
