@@ -146,12 +146,16 @@ see_to_docker() {
         fail "dockerd does not start: $(grep -v level=info "$DOCKER_LOG" | tail -n 1)" "look at $DOCKER_LOG"
 }
 
-see_to_browser() {  # the report's tests load it in Chromium; where it cannot be had they are skipped
-    command -v chromium chromium-browser google-chrome >/dev/null && return
-    if is_root && command -v apt-get >/dev/null; then
-        echo "installing chromium ..."
-        apt_install chromium || echo "chromium could not be installed: its tests are skipped"
-    fi
+see_to_test_packages() {  # what tests run against: Chromium, docker-compose, PostgreSQL; what cannot be had has its tests skipped
+    local wanted=() package
+    command -v chromium chromium-browser google-chrome >/dev/null || wanted+=(chromium)
+    command -v docker-compose >/dev/null || wanted+=(docker-compose)
+    compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null || wanted+=(postgresql)
+    is_root && command -v apt-get >/dev/null || return 0
+    for package in "${wanted[@]}"; do
+        echo "installing $package ..."
+        apt_install "$package" || echo "$package could not be installed: its tests are skipped"
+    done
 }
 
 # --- Everything ---------------------------------------------------------------------------------------------------------------------
@@ -182,11 +186,11 @@ python=$(find_python)
 check_docker
 see_to_docker &
 docker_job=$!
-[ "$mode" = test ] && see_to_browser &
-browser_job=$!
+[ "$mode" = test ] && see_to_test_packages &
+packages_job=$!
 install_python
 wait "$docker_job"
-wait "$browser_job" || true
+wait "$packages_job" || true
 install_s=$(since "$start")
 
 start=$(now)

@@ -106,6 +106,7 @@ def parser() -> Parser:
     serve.add_argument("preset", metavar="PRESET", help=presets)
     serve.add_argument("overrides", nargs="*", metavar="section.key=value")
     serve.add_argument("--cron", required=True, metavar="CRON", help='for example "0 3 * * *"')
+    serve.add_argument("--limit", type=int, default=1, metavar="N", help="runs at the same time (1)")
     serve.add_argument("--stop-after-runs", type=int, default=0, metavar="N", help="end after that many runs")
     serve.set_defaults(command=serve_command)
 
@@ -196,33 +197,22 @@ def assignments(args: argparse.Namespace) -> list[str]:
 
 def go(run: "RunDir", config: RunConfig) -> int:
     """Trains until the end and prints the summary; 130 after Ctrl-C, saying how to go on."""
-    from flows.progress import terminal
+    from flows.progress import plain, terminal
+    from flows.summary import finish
     from flows.train import train
     from stages.exits import guarded
 
     def body() -> int:
-        print(f"run {run.path}")
-        with terminal() as view:
+        with terminal(config.logging.format) as view:
+            view.note(f"run {run.path}")
             train(run, config, view)
         return 0
 
     # UserError passes through: only the interrupt is told here, where the run is known.
     code = guarded(body, resume=f"flexsink resume {run.path}", pass_errors=True)
     if code == 0:
-        finish(run)
+        finish(run, plain(config.logging.format).note)
     return code
-
-
-def finish(run: "RunDir") -> None:
-    """Writes the report and prints what the run came to."""
-    from flows.summary import Summary
-
-    for line in Summary.of(run).lines():
-        print(line)
-    try:
-        print(f"report      {stages.report.write_report(run.path)}")
-    except UserError as error:
-        print(f"report      not written: {error.message}")  # the run itself is whole
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -288,24 +278,26 @@ def make(run: "RunDir", config: RunConfig, wanted: "list[StageId]") -> None:
     """Makes these stages outside the flow, where they are not done; everything else that they read must be."""
     from flows import steps
     from flows.progress import terminal
-    from stages.artifacts import Session
+    from flows.train import working
     from stages.artifacts.command import require_upstream
 
     require_upstream(run, config, wanted[0])
-    with run.lock(), steps.logging_to(run, config.logging.level), terminal() as view, Session() as session:
-        steps.reap(run)
+    with terminal(config.logging.format) as view, working(run, config, view) as work:
         for stage in wanted:
-            steps.run_stage(run, config, stage, session, view)
+            steps.run_stage(run, config, stage, work.session, work.view)
 
 
 def serve_command(args: argparse.Namespace) -> int:
     from flows import server, steps
 
-    steps.check_sandbox(overridden(preset(args.preset), args.overrides).sandbox.backend)
+    config = overridden(preset(args.preset), args.overrides)
+    steps.check_sandbox(config.sandbox.backend)
+    steps.check_runner(config, print)
     server.connect(print)  # before Prefect is imported
     from flows.schedule import serve
 
-    serve(args.preset, args.overrides, cron=args.cron, stop_after_runs=args.stop_after_runs, note=print)
+    limits = {"limit": args.limit, "stop_after_runs": args.stop_after_runs}
+    serve(args.preset, args.overrides, cron=args.cron, **limits, note=print)
     return 0
 
 

@@ -88,6 +88,11 @@ def shown(changes: Sequence[tuple[str, OptionValue, OptionValue]]) -> str:
     return ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
 
 
+def continues(old: RunConfig, new: RunConfig) -> bool:
+    """Whether a run of `old` may go on as `new`: they differ in nothing but what `resume` may change."""
+    return all(change[0].startswith(RESUMABLE) for change in differences(old, new))
+
+
 def resumed(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """The configuration a run goes on with; UserError when an assignment would change what is already made."""
     changed = overridden(config, assignments)

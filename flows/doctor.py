@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from flows import server
+from flows import devices, server
 from stages.config import UserError
 
 DISK_BYTES = 5 * 2**30
@@ -89,6 +89,16 @@ def local_sandbox() -> Line:
         return Line("local sandbox", True, f"sandbox.backend=local would not work: {error.message}", error.hint)
 
 
+def gpu() -> Line:
+    """Never fails: a machine without a GPU trains the tiny model."""
+    uuids = devices.gpus()
+    if not uuids:
+        return Line("gpu", True, "none with a driver: runs on the CPU lock nothing")
+    users = {uuid: devices.holder(uuid) for uuid in uuids}
+    busy = [f"{uuid} is at work for {who}" for uuid, who in users.items() if who]
+    return Line("gpu", True, "; ".join([f"{len(uuids)} with a driver, {len(uuids) - len(busy)} free", *busy]))
+
+
 def disk() -> Line:
     free = shutil.disk_usage(Path.cwd()).free
     ok = free >= DISK_BYTES
@@ -128,6 +138,7 @@ CHECKS: dict[str, Callable[[], Line]] = {
     "docker": docker,
     "sandbox image": sandbox,
     "local sandbox": local_sandbox,
+    "gpu": gpu,
     "disk": disk,
     "memory": memory,
     "tiny model": model,

@@ -2,6 +2,7 @@
 
 from flows.train import stages_of
 from stages.artifacts import Decision, RunDir, StageId, survey
+from stages.artifacts.journal import SUFFIX
 from stages.artifacts.manifest import code_digest, versions
 from stages.config import RunConfig
 
@@ -9,9 +10,18 @@ from stages.config import RunConfig
 def show_run(run: RunDir, config: RunConfig) -> None:
     """Prints the table for a run, then a warning for everything reused that other code or versions made."""
     decisions = survey(run, config, list(stages_of(config)))
-    show([(stage, decision.action, decision.reason) for stage, decision in decisions])
+    show([(stage, decision.action, decision.reason + begun(run, stage, decision)) for stage, decision in decisions])
     for line in warnings(decisions, config.task.name):
         print(f"warning: {line}")
+
+
+def begun(run: RunDir, stage: StageId, decision: Decision) -> str:
+    """What a killed try of the stage finished, which running it will not make again: "; 5 completions are kept"."""
+    if decision.action != "RUN" or not decision.key:
+        return ""
+    journals = sorted((run.folder(stage).parent / f".tmp-{decision.key}").glob(f"*{SUFFIX}"))
+    counts = [(path.read_bytes().count(b"\n"), path.name.removesuffix(SUFFIX)) for path in journals]
+    return "".join(f"; {count} {name} are kept" for count, name in counts if count)
 
 
 def show_preset(config: RunConfig) -> None:

@@ -1,11 +1,16 @@
-"""Training on a schedule: `flexsink serve PRESET --cron "0 3 * * *"` starts a new run each time, one at a time.
+"""Training on a schedule: `flexsink serve PRESET --cron "0 3 * * *"`, or a deployment of containers/prefect.yaml.
 
-The schedule lives as long as the command does. A scheduled run is the same loop as `flexsink train`'s, in a process of
-its own; a retry of it in Prefect's UI goes on in the folder it began in.
+Each tick is the same loop as `flexsink train`'s, in a process of its own. It goes on with the newest run that an
+earlier tick of the same schedule left unfinished, whatever ended that one; where there is none it starts a new run. A
+retry in Prefect's UI goes on in the folder it began in. Where another run has the GPU, a tick waits.
+
+`serve`'s schedule lives as long as the command does; ticks that find all its places taken follow one another later.
 """
 
 import asyncio
 import contextlib
+import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,36 +27,47 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.runner import Runner
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.types.entrypoint import EntrypointType
 
 from flows import server, steps
-from flows.config import overridden, resolved
+from flows.config import continues, overridden, resolved
 from flows.presets import preset
-from flows.progress import Lines
-from flows.train import loop
-from stages.artifacts import RunDir, Session
-from stages.config import UserError
+from flows.progress import Views, plain
+from flows.summary import finish
+from flows.train import go_on, stages_of, working
+from stages.artifacts import RunDir
+from stages.artifacts.run import write_json
+from stages.config import RunConfig, UserError
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 POLL_S = 1.0
+OF_SCHEDULE = "logs/schedule.json"
+
+log = logging.getLogger("flows.schedule")
 
 
-def serve(name: str, overrides: Sequence[str], *, cron: str, stop_after_runs: int, note: Callable[[str], None]) -> None:
-    """Serves until it is interrupted, or until that many scheduled runs have ended (0: no limit).
+def serve(
+    name: str, overrides: Sequence[str], *, cron: str, limit: int, stop_after_runs: int, note: Callable[[str], None]
+) -> None:
+    """Serves until it is interrupted, or until that many scheduled runs have ended (0: no end).
+
+    limit: runs at the same time
 
     This module imports Prefect: call flows.server.connect before importing it.
     """
     resolved(overridden(preset(name), overrides))  # a mistake shows now, not at night
     check_cron(cron)
+    if limit < 1:
+        raise UserError(f"--limit is {limit}", "at least 1 run at a time")
     server.quiet()
-    note(f"serving {name} at {cron!r}, one run at a time; end it with Ctrl-C")
-    asyncio.run(serving(name, list(overrides), cron, stop_after_runs))
+    note(f"serving {name} at {cron!r}, {limit} at a time; end it with Ctrl-C")
+    asyncio.run(serving(name, list(overrides), cron, limit, stop_after_runs))
 
 
-async def serving(name: str, overrides: list[str], cron: str, stop_after_runs: int) -> None:
-    runner = Runner(name=f"flexsink-{name}", limit=1, pause_on_shutdown=True)
-    deployment = await runner.aadd_flow(
+async def serving(name: str, overrides: list[str], cron: str, limit: int, stop_after_runs: int) -> None:
+    runner = Runner(name=f"flexsink-{name}", limit=limit, pause_on_shutdown=True)
+    served = await runner.aadd_flow(
         scheduled,
         name=f"flexsink-{name}",
         cron=cron,
@@ -61,7 +77,7 @@ async def serving(name: str, overrides: list[str], cron: str, stop_after_runs: i
     work = asyncio.create_task(runner.start())
     try:
         if stop_after_runs:
-            watch = asyncio.create_task(ended(runner, deployment, stop_after_runs))
+            watch = asyncio.create_task(ended(runner, served, stop_after_runs))
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if watch.done():
                 watch.result()  # raises what went wrong in it
@@ -74,9 +90,9 @@ async def serving(name: str, overrides: list[str], cron: str, stop_after_runs: i
             await work
 
 
-async def ended(runner: Runner, deployment: Any, count: int) -> None:
+async def ended(runner: Runner, served: Any, count: int) -> None:
     """Returns once `count` more runs of the deployment have ended and their processes are gone; no other run begins."""
-    of = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+    of = DeploymentFilter(id=DeploymentFilterId(any_=[served]))
     async with get_client() as client:
 
         async def number(*states: str) -> int:
@@ -87,7 +103,7 @@ async def ended(runner: Runner, deployment: Any, count: int) -> None:
         before = await number(*FINAL)
         while await number("RUNNING", *FINAL) < before + count:
             await asyncio.sleep(POLL_S)
-        await client.pause_deployment(deployment)
+        await client.pause_deployment(served)
         # A run ends in Prefect before its process does; a runner stopped in between would call it cancelled.
         while await number(*FINAL) < before + count or not runner.has_slots_available():
             await asyncio.sleep(POLL_S)
@@ -102,17 +118,20 @@ def check_cron(cron: str) -> None:
 
 
 @flow(name="flexsink scheduled", flow_run_name="{preset_name}", persist_result=False, retries=0)
-def scheduled(preset_name: str, overrides: list[str], root: str) -> None:
+def scheduled(preset_name: str, overrides: list[str] | None = None, root: str = "") -> None:
+    """One tick. root: the folder that data/runs is in; the process's own when it is empty."""
     server.quiet()
-    run = run_of(str(flow_run.id), Path(root, "data/runs"))
-    if run is None:
-        config = resolved(overridden(preset(preset_name), overrides))
-        run = RunDir.create(steps.default_path(Path(root, "data/runs"), preset_name), config)
-    config = run.config()
-    with run.lock(), Session() as session, Lines() as view, steps.logging_to(run, config.logging.level):
-        steps.reap(run)
-        server.crash_leftovers(run, but=str(flow_run.id))
-        steps.inside_flow(run, lambda: loop(config, steps.prefect(run, config, session, view)))
+    own, runs = str(flow_run.id), Path(root, "data/runs")
+    wanted = resolved(overridden(preset(preset_name), overrides or []))
+    run = run_of(own, runs) or left_unfinished(wanted, runs) or fresh(wanted, runs)
+    config = wanted if continues(run.config(), wanted) else run.config()
+    steps.check_runner(config, log.info)
+    with plain(config.logging.format) as view, working(run, config, view, wait=log.warning) as work:
+        server.rename(own, run.path.name)
+        server.crash_leftovers(run, but=own)
+        shown = work._replace(view=Views([work.view, steps.Artifacts(run)]))
+        steps.inside_flow(run, lambda: go_on(run, config, shown, steps.prefect))
+        finish(run, view.note)
 
 
 def run_of(flow_run_id: str, runs: Path) -> RunDir | None:
@@ -122,3 +141,36 @@ def run_of(flow_run_id: str, runs: Path) -> RunDir | None:
         if flow_run_id in server.remembered(run):
             return run
     return None
+
+
+def left_unfinished(wanted: RunConfig, runs: Path) -> RunDir | None:
+    """The newest run of this schedule that a tick of today's configuration can go on with and nobody works on."""
+    paths = [path.parent.parent for path in runs.glob(f"*/{OF_SCHEDULE}")]
+    for path in sorted(paths, key=lambda each: each.stat().st_mtime, reverse=True):
+        run = RunDir(path)
+        if schedule_of(run) != str(deployment.name) or not (path / "config.json").exists():
+            continue
+        unfinished = any(run.manifest(stage) is None for stage in stages_of(wanted))
+        if unfinished and continues(run.config(), wanted) and not run.is_busy():
+            return run
+    return None
+
+
+def fresh(wanted: RunConfig, runs: Path) -> RunDir:
+    """A new run, marked as this schedule's."""
+    runs.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = steps.default_path(runs, wanted.preset)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()  # of two ticks in one second, one gets it
+            break
+    run = RunDir.create(path, wanted)
+    write_json(path / OF_SCHEDULE, {"deployment": str(deployment.name)})
+    return run
+
+
+def schedule_of(run: RunDir) -> str:
+    try:
+        return str(json.loads((run.path / OF_SCHEDULE).read_text())["deployment"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -170,6 +170,16 @@ def remembered(run: RunDir) -> list[str]:
         return []
 
 
+def rename(flow_run_id: str, name: str) -> None:
+    """Shows a flow run under this name."""
+    from uuid import UUID
+
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run_id), name=name)
+
+
 def crash_leftovers(run: RunDir, *, but: str = "") -> int:
     """Sets flow runs of this run that a kill left `Running`, and their tasks, to Crashed; returns how many flow runs.
 

@@ -10,16 +10,16 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flows import server
-from flows.progress import Lines, View, Views
+from flows.progress import Clock, JsonFormatter, Lines, View, described
 from flows.summary import Summary, reward_rows
 from stages.artifacts import Manifest, Progress, RunDir, Session, StageContext, StageId, execute, look
 from stages.artifacts.run import explained
-from stages.config import RunConfig, UserError
+from stages.config import LoggingConfig, RunConfig, UserError
 
 Reference = dict[str, str]
 # {"stage": "rollout 3", "folder": "iterations/00003/rollout", "digest": sha256 of the content}
@@ -84,11 +84,11 @@ def local(run: RunDir, config: RunConfig, session: Session, view: View) -> Step:
 
 
 def prefect(run: RunDir, config: RunConfig, session: Session, view: View) -> Step:
-    """The same step as a Prefect task of the flow run at work, its progress and rewards as artifacts."""
+    """The same step as a Prefect task of the flow run at work."""
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
-    inner = local(run, config, session, Views([view, Artifacts(run)]))
+    inner = local(run, config, session, view)
 
     def step(stage: StageId) -> Reference:
         # Parameters are shown in the UI and are plain text: a live object here would be walked through by Prefect.
@@ -103,7 +103,7 @@ def prefect(run: RunDir, config: RunConfig, session: Session, view: View) -> Ste
 
 
 class Artifacts:
-    """Prefect's view of a run: a progress artifact per stage, a table of rewards. It never fails a run."""
+    """Prefect's view of a run, which never fails it: how far the run and each stage are, a table of rewards."""
 
     UPDATE_EVERY_S = 2.0
     # an update costs 7-24 ms
@@ -112,37 +112,57 @@ class Artifacts:
         self.run = run
         self.prefix = run.labels()["flexsink.run"][:8].lower()
         self.artifact: Any = None
+        self.whole: Any = None
+        self.clock = Clock()
+        self.last = Progress("", 0, 0)
         self.next_update = 0.0
+        self.next_whole = 0.0
+
+    def expect(self, stages: Sequence[StageId]) -> None:
+        from prefect.artifacts import create_progress_artifact
+
+        self.clock = Clock(stages)
+        key = f"{self.prefix}-run"
+        self.whole = shown(lambda: create_progress_artifact(progress=0.0, key=key, description=self.run.path.name))
 
     def start(self, stage: StageId) -> None:
         from prefect.artifacts import create_progress_artifact
 
         key = f"{self.prefix}-{stage}".replace(" ", "-").replace("_", "-")
+        self.last = Progress(str(stage), 0, 0)
         self.artifact = shown(lambda: create_progress_artifact(progress=0.0, key=key, description=str(stage)))
         self.next_update = time.monotonic() + self.UPDATE_EVERY_S
+        self.clock.start()
 
     def report(self, progress: Progress) -> None:
+        self.last = progress
+        self.clock.report(progress)
         if self.artifact is not None and progress.total and time.monotonic() >= self.next_update:
-            self.update(100.0 * progress.done / progress.total)
+            self.update(self.artifact, 100.0 * progress.done / progress.total, described(progress))
+            self.next_update = time.monotonic() + self.UPDATE_EVERY_S
 
     def finish(self, stage: StageId, *, seconds: float, reused: bool) -> None:
         from prefect.artifacts import create_table_artifact
 
+        self.clock.finish(stage, seconds=seconds, reused=reused)
+        if self.whole is not None and (time.monotonic() >= self.next_whole or not self.clock.remaining):
+            percent = 100.0 * self.clock.done / self.clock.total
+            self.update(self.whole, percent, f"{self.run.path.name}: {self.clock.text() or stage}")
+            self.next_whole = time.monotonic() + self.UPDATE_EVERY_S
         if reused:
             return
         if self.artifact is not None:
-            self.update(100.0)
+            self.update(self.artifact, 100.0, described(self.last))
             self.artifact = None
         if stage.name == "update":
             rows = reward_rows(self.run)
             key = f"{self.prefix}-rewards"
             shown(lambda: create_table_artifact(table=rows, key=key, description="mean reward per iteration"))
 
-    def update(self, percent: float) -> None:
+    def update(self, artifact: Any, percent: float, text: str) -> None:
         from prefect.artifacts import update_progress_artifact
 
-        shown(lambda: update_progress_artifact(self.artifact, progress=percent))
-        self.next_update = time.monotonic() + self.UPDATE_EVERY_S
+        shown(lambda: update_progress_artifact(artifact, progress=percent, description=text))
 
 
 def shown(action: Callable[[], Any]) -> Any:
@@ -248,17 +268,18 @@ class RunLog(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def logging_to(run: RunDir, level: str) -> Iterator[None]:
+def logging_to(run: RunDir, config: LoggingConfig) -> Iterator[None]:
     """Sends what is logged, Python's warnings too, to logs/flexsink.log of the run and not to the terminal."""
     with explained(run.path):
         run.logs.mkdir(parents=True, exist_ok=True)
         handler = RunLog(run.logs / "flexsink.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.setLevel(level)
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if config.format == "json" else plain)
+    handler.setLevel(config.level)
     root = logging.getLogger()
     root.addHandler(handler)
     for name in ("flows", "stages"):
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(config.level)
     logging.captureWarnings(True)
     try:
         yield

@@ -1,10 +1,12 @@
 """A finished run in a few figures, read from its Parquet: for the terminal and for Prefect's UI."""
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.artifacts import RunDir, StageId
 from stages.artifacts.manifest import NAME
+from stages.config import UserError
 
 if TYPE_CHECKING:
     from stages.tasks.base import Task
@@ -78,6 +80,18 @@ class Summary(NamedTuple):
             if row:
                 lines += ["", f"Evaluation {name}: {figures(row, self.task)}"]
         return "\n".join(lines) + "\n"
+
+
+def finish(run: RunDir, note: Callable[[str], None]) -> None:
+    """Writes the report of a finished run and tells what the run came to."""
+    import stages.report
+
+    for line in Summary.of(run).lines():
+        note(line)
+    try:
+        note(f"report      {stages.report.write_report(run.path)}")
+    except UserError as error:
+        note(f"report      not written: {error.message}")  # the run itself is whole
 
 
 def policy_row(run: RunDir, updates: int) -> dict[str, Any] | None:

@@ -1,10 +1,13 @@
 """The flow. `loop` is the whole algorithm's order of stages; `train` runs it, in Prefect where Prefect is installed."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import NamedTuple
 
-from flows import steps
-from flows.progress import Lines
+from flows import devices, steps
+from flows.progress import Lines, View, Views
+from flows.tracking import tracked
 from stages.artifacts import RunDir, Session, StageId
 from stages.config import RunConfig
 from stages.tasks import early
@@ -33,19 +36,47 @@ def stages_of(config: RunConfig) -> Iterator[StageId]:
     yield from order
 
 
+class Work(NamedTuple):
+    """What a process has while it works on a run."""
+
+    session: Session
+    view: View
+    # told of every stage: the one that a person sees, and the tracker where one is asked for
+
+
+@contextlib.contextmanager
+def working(
+    run: RunDir, config: RunConfig, view: Lines, *, wait: Callable[[str], None] | None = None
+) -> Iterator[Work]:
+    """The run and its device locked for this process, the run's log open, what a killed start left removed.
+
+    wait: told of a device that is taken, and then waited for; without it a taken device is a UserError.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run.lock())
+        stack.enter_context(steps.logging_to(run, config.logging))
+        stack.enter_context(devices.held(run, config, wait=wait))
+        views = stack.enter_context(tracked(run, config, view))
+        session = stack.enter_context(Session())
+        steps.reap(run)
+        yield Work(session, views)
+
+
+def go_on(run: RunDir, config: RunConfig, work: Work, make_step: Callable[..., steps.Step]) -> None:
+    """Runs every stage of the run that is not done. make_step: steps.local or steps.prefect."""
+    if config != run.config():
+        run.save_config(config)
+    early.enable(work.session)
+    work.view.expect(list(stages_of(config)))
+    loop(config, make_step(run, config, work.session, work.view))
+
+
 def train(run: RunDir, config: RunConfig, view: Lines) -> None:
     """Runs every stage that is not done. Errors: UserError from any stage; what was finished stays finished."""
-    with run.lock(), steps.logging_to(run, config.logging.level), Session() as session:
-        if config != run.config():
-            run.save_config(config)
-        steps.reap(run)
-        early.enable(session)
+    with working(run, config, view) as work:
         if find_spec("prefect") is None:
             view.note("Prefect is not installed: the run goes on without its UI")
-            loop(config, steps.local(run, config, session, view))
-            return
-
-        def body() -> None:
-            loop(config, steps.prefect(run, config, session, view))
-
-        steps.in_flow(run, config, view, body)
+            go_on(run, config, work, steps.local)
+        else:
+            shown = work._replace(view=Views([work.view, steps.Artifacts(run)]))
+            steps.in_flow(run, config, view, lambda: go_on(run, config, shown, steps.prefect))

@@ -154,12 +154,18 @@ class StepsConfig:
     # of a container: none, all, numbers or UUIDs with commas between; auto is one where the machine has any
     memory_bytes: int = 0
     # bytes of memory a stage's container may use; 0 is no limit
+    lock: str = "gpu"
+    # what no other run may work on meanwhile: the GPU, none, or a name of your own (flows/devices.py)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # of the log file in the run directory
+    format: Literal["text", "json"] = "text"
+    # of the log file and of what is printed while a run goes on
+    tracker: Literal["none", "tensorboard", "wandb", "prometheus"] = "none"
+    # what is told the figures of each finished stage (flows/tracking.py)
 
 
 # Inclusive limits of the numbers; a key that is not here may have any finite value.

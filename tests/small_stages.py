@@ -4,6 +4,7 @@
 
 What a stage writes follows from the seed and from what it reads, so that a resumed run can be compared with another.
 SMALL_STAGES makes them misbehave: "pause" sleeps a minute in rollout 1, "fail" fails there, "slow" sleeps in every one.
+"@FILE" reads the mood from a file, for a process that outlives it.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import os
 import sys
 import time
 import types
+from pathlib import Path
 
 from stages.artifacts import StageContext, derive
 from stages.artifacts.parquet import METRICS, scores_schema, write_parts, write_table
@@ -32,8 +34,13 @@ def load(context: StageContext) -> None:
     (context.out / "model.json").write_text(read(context))
 
 
-def rollout(context: StageContext) -> None:
+def mood_of_the_day() -> str:
     mood = os.environ.get("SMALL_STAGES", "")
+    return Path(mood[1:]).read_text() if mood.startswith("@") else mood
+
+
+def rollout(context: StageContext) -> None:
+    mood = mood_of_the_day()
     journal = context.journal("completions")
     done = {record["piece"]: record["text"] for record in journal.records()}
     for piece in range(4):
@@ -60,6 +67,7 @@ def score(context: StageContext) -> None:
         for piece, reward in enumerate(rewards)
     ]
     write_parts(context.out, "scores", rows, scores_schema(["works"]))
+    context.progress(4, 4, "completions", **{"mean reward": sum(rewards) / 4})
 
 
 def update(context: StageContext) -> None:

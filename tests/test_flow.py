@@ -14,7 +14,7 @@ import pytest
 
 from flows import server
 from flows.config import overridden, resolved
-from flows.plan import warnings
+from flows.plan import show_run, warnings
 from flows.presets import preset
 from flows.progress import Lines
 from flows.steps import local
@@ -160,6 +160,18 @@ def test_plan_warns_where_code_or_versions_differ(tmp_path: Path) -> None:
     assert any("score 0 was made with torch 1.0, now" in line for line in lines)
 
 
+def test_a_run_killed_before_any_change_on_its_disk_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    # All of the hundred places, or a quarter of them that is another one each time.
+    first, every = (0, 1) if int(os.environ.get("FLEXSINK_KILLS", "3")) >= 20 else (time.time_ns() % 4, 4)
+    command = [sys.executable, "-m", "tests.killed_run", str(tmp_path), str(first), str(every)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["problems"] == {}, f"from {first} every {every}"
+    for stage in stages_of(CONFIG):
+        assert any(change.startswith(f"os.rename {stage.folder.parent / '.tmp-'}") for change in found["changes"])
+
+
 # What follows runs the command in a process of its own, against a real Prefect server.
 
 
@@ -216,14 +228,43 @@ def test_a_run_shows_in_prefect_with_its_tasks_rewards_and_summary(prefect_serve
     assert [task["name"] for task in tasks] == [str(stage) for stage in stages_of(CONFIG)]
     assert {task["state_type"] for task in tasks} == {"COMPLETED"}
     artifacts = ask(prefect_server, "artifacts/filter", **wanted, limit=200)
-    progress = {each["description"]: each["data"] for each in artifacts if each["type"] == "progress"}
-    assert progress == {str(stage): 100.0 for stage in stages_of(CONFIG)}
+    shown = [each for each in artifacts if each["type"] == "progress"]
+    progress = {each["description"].partition(":")[0]: each["data"] for each in shown}
+    assert progress == {str(stage): 100.0 for stage in stages_of(CONFIG)} | {"run": 100.0}
+    descriptions = {each["description"] for each in shown}
+    assert "rollout 1: 4 of 4 completions, tokens/s 100" in descriptions
+    assert any(each.startswith("run: reward ") for each in descriptions)
     tables = [json.loads(each["data"]) for each in artifacts if each["type"] == "table"]
     assert sorted(len(table) for table in tables) == [1, 2]
     assert {"iteration", "reward", "completions", "ok"} == set(tables[0][0])
     assert any(each["type"] == "markdown" and "| 1 |" in each["data"] for each in artifacts)
     logs = ask(prefect_server, "logs/filter", logs={"flow_run_id": {"any_": [flow["id"]]}}, limit=200)
     assert any("rollout 1: done" in line["message"] for line in logs)
+
+
+@pytest.mark.docker
+def test_json_on_request_is_one_object_a_line_on_the_terminal_and_in_the_log(
+    prefect_server: str, tmp_path: Path
+) -> None:
+    words = ("train", "tiny_test", "logging.format=json", "--run-dir", "run")
+    done = flexsink(*words, url=prefect_server, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["message"] == "run run"
+    finished = [event for event in events if event["event"] == "finished"]
+    assert [event["stage"] for event in finished] == [str(stage) for stage in stages_of(CONFIG)]
+    rollout = next(event for event in finished if event["stage"] == "rollout 1")
+    assert (rollout["done"], rollout["tokens/s"]) == (4, 100.0)
+    log = [json.loads(line) for line in (tmp_path / "run/logs/flexsink.log").read_text().splitlines()]
+    assert any(line["message"].startswith("rollout 1: done in ") and line["level"] == "INFO" for line in log)
+
+
+@pytest.mark.timed
+def test_prefect_adds_less_than_50_ms_to_a_stage(prefect_server: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.orchestration", "--server", prefect_server]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["added_ms"] < 50
 
 
 @pytest.mark.docker
@@ -241,7 +282,9 @@ def test_a_failing_stage_is_one_line_and_a_failed_flow_run(prefect_server: str, 
 
 
 @pytest.mark.docker
-def test_after_a_kill_the_run_goes_on_and_the_old_flow_run_is_crashed(prefect_server: str, tmp_path: Path) -> None:
+def test_after_a_kill_the_run_goes_on_and_the_old_flow_run_is_crashed(
+    prefect_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     process = flexsink(
         "train", "tiny_test", "--run-dir", "run", url=prefect_server, cwd=tmp_path, mood="pause", start=True
     )
@@ -253,6 +296,11 @@ def test_after_a_kill_the_run_goes_on_and_the_old_flow_run_is_crashed(prefect_se
     assert flow_run(prefect_server, run)["state_type"] == "RUNNING"
     (journal,) = run.path.rglob("*.journal")
     os.link(journal, tmp_path / "kept.journal")
+    show_run(run, CONFIG)
+    planned = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "rollout 1 RUN not done yet; 2 completions are kept" in planned
+    assert "score 1 RUN rollout 1 is not done" in planned
+    assert "5 to run, 5 to reuse" in planned
     done = flexsink("resume", "run", url=prefect_server, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "reused        5 stages, the last is update 0" in done.stdout
@@ -345,7 +393,7 @@ def test_stopping_never_ends_a_process_that_only_has_the_same_id(tmp_path: Path)
 def test_serving_trains_on_schedule_and_ends_after_so_many_runs(prefect_server: str, tmp_path: Path) -> None:
     # The run is a process of Prefect's making: it gets the small stages through sitecustomize.
     (tmp_path / "sitecustomize.py").write_text("from tests.small_stages import install\ninstall()\n")
-    words = ("serve", "tiny_test", "train.seed=3", "--cron", "* * * * *", "--stop-after-runs", "1")
+    words = ("serve", "tiny_test", "train.seed=3", "--cron", "* * * * *", "--limit", "1", "--stop-after-runs", "1")
     done = flexsink(*words, url=prefect_server, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -356,9 +404,16 @@ def test_serving_trains_on_schedule_and_ends_after_so_many_runs(prefect_server: 
     assert flow_run(prefect_server, run)["state_type"] == "COMPLETED"
 
 
-def test_a_wrong_cron_is_refused_at_once(prefect_server: str, tmp_path: Path) -> None:
-    done = flexsink("serve", "tiny_test", "--cron", "at night", url=prefect_server, cwd=tmp_path)
-    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "error: 'at night' is not a cron schedule")
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--cron", "at night"], "error: 'at night' is not a cron schedule"),
+        (["--cron", "* * * * *", "--limit", "0"], "error: --limit is 0"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_at_once(prefect_server: str, tmp_path: Path, words: list[str], error: str) -> None:
+    done = flexsink("serve", "tiny_test", *words, url=prefect_server, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, error)
 
 
 def test_an_error_of_a_stage_that_is_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

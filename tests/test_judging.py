@@ -159,7 +159,7 @@ def test_a_full_queue_is_never_waited_for_and_what_it_had_no_place_for_is_left_t
     assert len(pool.jobs) == judging.MAX_WAITING
     while pool.held:
         pool.finish()
-    assert judge.figures == {"judged": judging.MAX_WAITING}
+    assert judge.figures["judged"] == judging.MAX_WAITING
     rest = [
         judging.training_attempt(context, TASK, completion_id=str(n), group_index=0, completion=completion(n))
         for n in range(num)
@@ -185,7 +185,7 @@ def test_the_next_rollout_forgets_and_cancels_what_nobody_took(opened) -> None:
     judge.start("00000-000-000", 0, completion(0))
     judge.open(context, TASK)
     assert pool.held[0][1].cancelled()
-    assert judge.figures == {"judged": 0}
+    assert judge.figures["judged"] == 0
     judge.start("00000-000-000", 0, completion(0))
     assert len(pool.jobs) == 2
 

@@ -1,7 +1,10 @@
 """Checkpoints, LoRA files and the trainer's forward, against transformers and PEFT."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,54 @@ from stages.model import lora
 from stages.model.checkpoint import Checkpoint, expected_shapes, locate
 from stages.model.gpt_oss import build
 from stages.update import Sample, completion_logprobs
+from tests import network_watch
 from tests.random_gpt_oss import eager_model, make_config
 from tests.test_engine import make_policy, merged_eager, prompt_of
+
+ROOT = Path(__file__).parent.parent
+
+
+LOCATE = """
+import time
+from stages.model.checkpoint import locate
+import huggingface_hub
+started = time.monotonic()
+print(locate("somebody/gpt-oss-tiny"))
+print(time.monotonic() - started < 1)
+"""
+
+
+def located(folder: Path) -> tuple[list[str], str]:
+    """What `locate` finds of a hub id, with the hub's cache in that folder; and whom it asked."""
+    (folder / "sitecustomize.py").write_text(network_watch.PROGRAM)
+    environment = {"PYTHONPATH": f"{folder}:{ROOT}", "NETWORK_WATCH": str(folder / "log"), "HF_HOME": str(folder)}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.2:9", "PATH": os.environ["PATH"], "HOME": str(folder)}
+    done = subprocess.run([sys.executable, "-c", LOCATE], env=environment, capture_output=True, text=True, cwd=folder)
+    log = folder / "log"
+    return done.stdout.splitlines() or done.stderr.splitlines()[-1:], log.read_text() if log.exists() else ""
+
+
+def test_a_whole_checkpoint_in_the_hubs_cache_is_used_without_asking_the_hub(
+    tmp_path: Path, random_checkpoint: Path
+) -> None:
+    cache = tmp_path / "hub/models--somebody--gpt-oss-tiny"
+    snapshot = cache / "snapshots/0123456789012345678901234567890123456789"
+    shutil.copytree(random_checkpoint, snapshot)
+    shutil.copy(ROOT / "data/tiny/tokenizer.json", snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(snapshot.name)
+    assert located(tmp_path) == ([str(snapshot), "True"], "")
+    weights = next(path for path in sorted(snapshot.iterdir()) if path.suffix == ".safetensors")
+    weights.unlink()  # a download that was broken off
+    assert "socket.connect 127.0.0.2" in located(tmp_path)[1]  # HF_ENDPOINT
+
+
+def test_the_network_watch_would_notice(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(network_watch.PROGRAM)
+    program = "import socket; socket.socket().connect_ex(('192.0.2.1', 0)); socket.getaddrinfo('127.0.0.1', 80)"
+    environment = {"PYTHONPATH": str(tmp_path), "NETWORK_WATCH": str(tmp_path / "log")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert (tmp_path / "log").read_text() == "socket.connect 192.0.2.1 in ['-c']\n"
 
 
 def test_logits_equal_transformers_eager_past_every_window_and_yarn_edge(random_checkpoint: Path) -> None:

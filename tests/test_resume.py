@@ -14,11 +14,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from flows import server
 from stages.artifacts import RunDir
+from tests import killed_flow, network_watch
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("FLEXSINK_KILLS", "3"))
@@ -58,14 +60,54 @@ def flow(prefect_server: str) -> Flow:
     return Flow(prefect_server)
 
 
+class FirstRun(NamedTuple):
+    path: Path
+    seconds: float
+    # without the start of a server
+    output: str
+    errors: str
+    spoken_to: str
+    # what tests/network_watch.py noted
+
+
 @pytest.fixture(scope="module")
-def quiet_run(flow: Flow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run that nothing disturbed, and how many seconds it took."""
-    path = tmp_path_factory.mktemp("quiet") / "run"
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> FirstRun:
+    """A run that nothing disturbed, the first on its machine: without a server, a home or a cache."""
+    folder = tmp_path_factory.mktemp("quiet")
+    path, watched = folder / "run", folder / "network.txt"
+    for name in ("home", "data", "watch"):
+        (folder / name).mkdir()
+    (folder / "data/tiny").symlink_to(ROOT / "data/tiny")
+    (folder / "watch/sitecustomize.py").write_text(network_watch.PROGRAM)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "HF_"))}
+    environment |= {"HOME": str(folder / "home"), "NETWORK_WATCH": str(watched)}
+    environment |= {"PYTHONPATH": f"{folder / 'watch'}:{ROOT}"}
+    command = [sys.executable, "-m", "flows.cli", "train", "tiny_test", "--run-dir", str(path)]
     started = time.monotonic()
-    code, _, errors = flow.run("train", "tiny_test", "--run-dir", str(path))
-    assert (code, errors) == (0, "")
-    return path, time.monotonic() - started
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=560)
+        seconds = time.monotonic() - started
+    finally:
+        server.stop(folder / "data/.prefect")
+    assert done.returncode == 0, done.stderr
+    state = folder / "data/.prefect"
+    seconds -= (path / "logs/flow_runs.txt").stat().st_mtime - (state / ".lock").stat().st_mtime
+    spoken_to = watched.read_text() if watched.exists() else ""
+    return FirstRun(path, seconds, done.stdout, done.stderr, spoken_to)
+
+
+@pytest.fixture(scope="module")
+def quiet_run(first_run: FirstRun) -> tuple[Path, float]:
+    return first_run.path, first_run.seconds
+
+
+def test_the_first_run_on_a_machine_warns_of_nothing_and_speaks_to_no_other_machine(first_run: FirstRun) -> None:
+    assert first_run.errors == ""
+    assert first_run.spoken_to == ""
+    lines = first_run.output.splitlines()
+    assert lines[:2] == [f"run {first_run.path}", "starting the project's Prefect server"]
+    assert [line[:9].strip() for line in lines[2:5]] == ["load", "evaluate", "rollout 0"]
+    assert not [line for line in lines if "warn" in line.lower() or "deprecat" in line.lower()]
 
 
 @pytest.fixture
@@ -163,6 +205,32 @@ def test_a_run_killed_at_random_moments_ends_like_a_quiet_one(
         assert not list(path.rglob("*.journal"))
         shutil.rmtree(path)
     print(f"{resumed_midway} journals were gone on with")
+
+
+@pytest.mark.skipif(KILLS < 20, reason="minutes: FLEXSINK_KILLS=20 asks for it")
+@pytest.mark.timeout(3600)
+def test_one_run_killed_in_and_after_every_stage_ends_like_a_quiet_one(
+    flow: Flow, quiet_run: tuple[Path, float], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    done: dict[str, int] = {}
+    quiet = quiet_run[0]
+    stages = sorted(published(quiet), key=lambda name: (quiet / name / "manifest.json").stat().st_mtime_ns)
+    assert len(stages) == 10
+    for stage in stages:
+        for moment in killed_flow.MOMENTS:
+            words = ("resume", str(path)) if path.exists() else ("train", "tiny_test", "--run-dir", str(path))
+            command = [sys.executable, "-m", "tests.killed_flow", str(path), stage, moment, *words]
+            killed = subprocess.run(command, cwd=ROOT, env=flow.environment, capture_output=True, text=True)
+            assert killed.returncode == -signal.SIGKILL, (stage, moment, killed.stderr)
+            now = published(path)
+            assert {name: now[name] for name in done} == done, (stage, moment)
+            assert set(now) == set(done) | ({stage} if moment == "published" else set()), (stage, moment)
+            done = now
+    flow.resume(path)
+    assert_same(path, quiet)
+    assert containers(path) == []
+    assert not [name for name in path.rglob("*") if name.name.startswith(".tmp-") or name.suffix == ".journal"]
 
 
 def repeated(journal: Path) -> list[str]:

@@ -31,8 +31,12 @@ class RunDir:
         with explained(path):
             if (path / "config.json").exists():
                 raise UserError(f"{path} already holds a run", f"go on with it by: flexsink resume {path}")
-            if path.is_dir() and any(entry.name not in KNOWN for entry in path.iterdir()):
+            entries = list(path.iterdir()) if path.is_dir() else []
+            halves = [entry for entry in entries if entry.name.startswith(HALVES)]  # of a kill in this very function
+            if any(entry.name not in KNOWN for entry in entries if entry not in halves):
                 raise UserError(f"{path} is not empty and holds no run", "choose another folder with --run-dir")
+            for entry in halves:
+                entry.unlink()
             (path / "logs").mkdir(parents=True, exist_ok=True)
             write_json(path / "environment.json", environment(config.task.name))
             write_json(path / "config.json", config.to_dict())
@@ -91,8 +95,17 @@ class RunDir:
         with locked(self.path / ".lock", f"{self.path} is being worked on by another process", wait=False):
             yield
 
+    def is_busy(self) -> bool:
+        """Whether a process works on the run."""
+        try:
+            with self.lock():
+                return False
+        except UserError:
+            return True
+
 
 KNOWN = {"logs", "environment.json", "config.json", ".lock"}
+HALVES = (".environment.json.", ".config.json.")  # what write_json leaves when it is killed
 NO_SPACE = "free some space (flexsink runs shows what is large), then go on with: flexsink resume RUN"
 
 

@@ -35,6 +35,9 @@ def locate(source: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    there = cached(source)
+    if there is not None:
+        return there
     try:
         # original/ and metal/ hold the same weights in other formats.
         return Path(
@@ -44,6 +47,25 @@ def locate(source: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the id and the network, or set model.source to a folder that holds the checkpoint"
         raise UserError(f"cannot fetch {source} from the hub: {reason}", hint) from error
+
+
+def cached(source: str) -> Path | None:
+    """The hub's snapshot of `source` on this machine, when all of it is here: then no network is asked, which without
+    one would take tens of seconds to say so."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(source, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    index = folder / "model.safetensors.index.json"
+    try:
+        weights = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError):
+        weights = {"model.safetensors"}
+    wanted = {"config.json", "tokenizer.json", *weights}
+    return folder if all((folder / name).is_file() for name in wanted) else None
 
 
 def read_config(folder: Path) -> Any:

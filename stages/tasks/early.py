@@ -68,8 +68,8 @@ class EarlyJudging:
 
     @property
     def figures(self) -> dict[str, float | str]:
-        """What a progress says of it: how many programs have been judged."""
-        return {"judged": self.done.qsize()} if self.pool is not None else {}
+        """What a progress says of it: how many programs have been judged, how many wait for a sandbox."""
+        return {"judged": self.done.qsize(), "waiting": self.pool.num_waiting} if self.pool is not None else {}
 
     def close(self) -> None:
         """Cancels and forgets what nobody took; the pool is the session's and stays."""
