@@ -53,7 +53,7 @@ class PackedWeight(nn.Module):
         relaid = relay(quantized, interleaved=interleaved) if quantized.blocks.is_cuda and fits(quantized) else None
         self.in_kernel_order = relaid is not None
         if relaid is not None:
-            torch.cuda.empty_cache()  # of the re-layout, lest the next weights lie in its pieces and hold them for ever
+            torch.cuda.empty_cache()  # of the re-layout, lest the next weights lie in its pieces and keep them
         first, second = quantized if relaid is None else relaid[:2]
         self.blocks = nn.Buffer(first)
         self.scales = nn.Buffer(second)

@@ -41,12 +41,16 @@ def relay(quantized: Mxfp4, *, interleaved: bool) -> Relaid:
             f"MXFP4 scales {shape} with bytes up to {largest}: rows must be a multiple of {ROWS}, inputs of 64, "
             f"bytes at most {LARGEST_SCALE}"
         )
-    parts = [
-        _relay(quantized.blocks[start : start + CHUNK], quantized.scales[start : start + CHUNK], interleaved)
-        for start in range(0, quantized.scales.shape[0], CHUNK)
-    ]
-    words, held = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Relaid(words, held, interleaved)
+    blocks, held = quantized
+    num_experts, num_rows, num_blocks = held.shape
+    tiles = num_rows // ROWS
+    # Made before anything that is soon freed, in whose place on a card they would lie and keep it from being freed.
+    words = torch.empty(num_experts, tiles, 128 * num_blocks, dtype=torch.int16, device=blocks.device)
+    scales = torch.empty(num_experts, tiles, 4 * num_blocks, dtype=torch.int32, device=blocks.device)
+    for start in range(0, num_experts, CHUNK):
+        some = slice(start, start + CHUNK)
+        words[some], scales[some] = _relay(blocks[some], held[some], interleaved)
+    return Relaid(words, scales, interleaved)
 
 
 def restore(relaid: Relaid) -> Mxfp4:
