@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
 
 from tests.random_gpt_oss import write_checkpoint
 
-# A machine for the tests marked gpu may lack what only the terminal browser needs.
-collect_ignore = [] if importlib.util.find_spec("textual") else ["test_view.py"]
+# A machine for the tests marked gpu may lack what others need.
+NEEDED = {"textual": ["test_view.py"], "docker": ["test_stage_images.py", "test_stage_containers.py"]}
+collect_ignore = [name for module, names in NEEDED.items() if not importlib.util.find_spec(module) for name in names]
 
 
 @pytest.fixture(scope="session")

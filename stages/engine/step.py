@@ -317,14 +317,15 @@ def _base(module: Any) -> Any:
 def _fused(modules: Sequence[Any], rank: int) -> Tensor:
     """[M + n r, K]: the modules' weights, whose parameters become views of it, and room for LoRA's first factors.
 
-    Made once for a policy: a second step finds the views and takes the matrix they are of.
+    On a card the model was loaded so (stages/model/gpt_oss.py); else it is made once for a policy, and a second step
+    finds it.
     """
     bases = [_base(module) for module in modules]
     if len(bases) == 1 and not rank:
         return bases[0].weight
     rows = sum(base.weight.shape[0] for base in bases)
     shared = getattr(bases[0], "fused", None)
-    if shared is not None:
+    if shared is not None and shared.shape[0] == rows + rank * len(bases):
         return shared
     like = bases[0].weight
     fused = torch.zeros(rows + rank * len(bases), like.shape[1], dtype=like.dtype, device=like.device)
@@ -335,8 +336,6 @@ def _fused(modules: Sequence[Any], rank: int) -> Tensor:
         base.weight.data = fused[start:stop]
         start = stop
     bases[0].fused = fused
-    if fused.is_cuda:
-        torch.cuda.empty_cache()  # of what was put together: no later matrix would fit into its place
     return fused
 
 

@@ -62,10 +62,12 @@ class Router(GptOssTopKRouter):
 
 
 def build(
-    checkpoint: Checkpoint, *, experts: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint, *, experts: str, dtype: torch.dtype, device: torch.device | str = "cpu", lora_rank: int = 0
 ) -> GptOssForCausalLM:
     """The checkpoint's model, as `assemble` makes it."""
-    return assemble(checkpoint.config, checkpoint.tensors(), experts=experts, dtype=dtype, device=device)
+    return assemble(
+        checkpoint.config, checkpoint.tensors(), experts=experts, dtype=dtype, device=device, lora_rank=lora_rank
+    )
 
 
 def assemble(
@@ -75,6 +77,7 @@ def assemble(
     experts: str,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    lora_rank: int = 0,
 ) -> GptOssForCausalLM:
     """The model of these named tensors in eval mode; every parameter is frozen. A tensor that is on `device` and of the
     right type already is taken as it is.
@@ -93,8 +96,12 @@ def assemble(
         layer, _, part = name.partition(".mlp.experts.")
         if not part:
             owner, _, attribute = name.rpartition(".")
-            wanted = torch.float32 if name.endswith(NORMS) else dtype
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(device, wanted), requires_grad=False))
+            value = tensor.to(device, torch.float32 if name.endswith(NORMS) else dtype)
+            if name.endswith("_proj.weight") and value.is_cuda:
+                value = _placed(
+                    model.get_submodule(owner.rpartition(".")[0]), owner.rpartition(".")[2], value, lora_rank
+                )
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
             continue
         parts = stacks.setdefault(layer, {})
         parts[part] = tensor.to(device) if tensor.dtype == torch.uint8 else tensor.to(device, dtype)
@@ -105,6 +112,20 @@ def assemble(
     remaining = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not remaining, f"never loaded: {remaining}"
     return model.eval()
+
+
+def _placed(attention: nn.Module, name: str, weight: Tensor, lora_rank: int) -> Tensor:
+    """A copy of a projection's weight in the matrix that the engine's step reads it from (stages/engine/step.py), which
+    is made with the first one: put together later, it would leave as much memory again in pieces that nothing fits.
+    """
+    together = ("o_proj",) if name == "o_proj" else ("q_proj", "k_proj", "v_proj")
+    modules: list[Any] = [attention.get_submodule(each) for each in together]
+    sizes = [module.out_features for module in modules]
+    if getattr(modules[0], "fused", None) is None:
+        modules[0].fused = weight.new_zeros(sum(sizes) + lora_rank * len(sizes), weight.shape[1])
+    fused: Tensor = modules[0].fused
+    place = fused.split([*sizes, lora_rank * len(sizes)])[together.index(name)]
+    return place.copy_(weight)
 
 
 def _complete(parts: dict[str, Tensor], stack: str) -> bool:

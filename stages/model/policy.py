@@ -71,7 +71,13 @@ class Policy:
             raise UserError(
                 f"{folder} has no usable tokenizer: {reason}", "copy tokenizer.json beside the weights"
             ) from None
-        model = build(checkpoint, experts=config.experts, dtype=TORCH_DTYPES[config.dtype], device=device)
+        model = build(
+            checkpoint,
+            experts=config.experts,
+            dtype=TORCH_DTYPES[config.dtype],
+            device=device,
+            lora_rank=lora_rank,
+        )
         if config.dense == "nf4":
             quantize_attention_to_nf4(model)
         if config.offload_embedding:

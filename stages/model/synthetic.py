@@ -71,7 +71,7 @@ def synthetic_policy(
     config = shape.config()
     drawn = random_tensors(config, dtype=dtype, generator=generator)
     policy = Policy(
-        assemble(config, drawn, experts="mxfp4", dtype=dtype, device=device),
+        assemble(config, drawn, experts="mxfp4", dtype=dtype, device=device, lora_rank=lora_rank),
         cast("PreTrainedTokenizerBase", StandInTokenizer(shape)),
         lora_rank=lora_rank,
         lora_alpha=LORA_ALPHA_PER_RANK * lora_rank,
