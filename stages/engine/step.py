@@ -209,10 +209,12 @@ class _Layer:
         self._o = attention.o_proj
         self.rank = self._o.a.shape[0] if hasattr(self._o, "a") else 0
         self.lora_scale = float(self._o.scale) if self.rank else 0.0
-        self.qkv_bias = torch.cat([_base(module).bias for module in self._qkv]).to(dtype)
-        self.o_bias = _base(self._o).bias
-        self.qkv_weight = _fused(self._qkv, self.rank)
-        self.o_weight = _fused([self._o], self.rank)
+        # NF4 layers unpack themselves: they are called as they are, and add their biases.
+        self.whole = _base(self._o).weight.dtype.is_floating_point
+        self.qkv_bias = torch.cat([_base(module).bias for module in self._qkv]).to(dtype) if self.whole else None
+        self.o_bias = _base(self._o).bias if self.whole else torch.zeros_like(_base(self._o).bias)
+        self.qkv_weight = _fused(self._qkv, self.rank) if self.whole else _first_factors(self._qkv, self.rank, dtype)
+        self.o_weight = _fused([self._o], self.rank) if self.whole else _first_factors([self._o], self.rank, dtype)
         self._factors: list[Tensor] = []
         self.qkv_lora: LoraB | None = None
         self.o_lora: Tensor | None = None
@@ -230,7 +232,7 @@ class _Layer:
         on = 1.0 if self._o.adapter_enabled else 0.0
         assert self.o_lora is not None
         for index, module in enumerate(self._qkv):
-            start = sum(self.sizes) + index * self.rank
+            start = self.qkv_weight.shape[0] - (len(self._qkv) - index) * self.rank
             self.qkv_weight[start : start + self.rank] = module.a
             self._factors[index].copy_(module.b * on)
         self.o_weight[-self.rank :] = self._o.a
@@ -248,16 +250,25 @@ class _Layer:
 
     def qkv(self, normed: Tensor) -> Tensor:
         """float32 [N, (H + 2K) C + 3r]: the projections without bias, and LoRA's inner products."""
-        return linear(normed, self.qkv_weight, dtype=torch.float32)
+        if self.whole:
+            return linear(normed, self.qkv_weight, dtype=torch.float32)
+        return self._unpacked(self._qkv, normed, self.qkv_weight)
 
     def o(self, attended: Tensor) -> Tensor:
         """float32 [O_PARTS, N, D + r], likewise, to be summed."""
-        return linear_parts(attended, self.o_weight, parts=O_PARTS)
+        if self.whole:
+            return linear_parts(attended, self.o_weight, parts=O_PARTS)
+        return self._unpacked([self._o], attended, self.o_weight)[None]
+
+    @staticmethod
+    def _unpacked(modules: Sequence[Any], rows: Tensor, first_factors: Tensor) -> Tensor:
+        """What `qkv` and `o` return, of NF4 layers, biases included."""
+        return torch.cat([*(_base(module)(rows) for module in modules), rows @ first_factors.mT], dim=1).float()
 
     def heads(self, projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [T, H, C], key and value [T, K, C] with bias, LoRA and RoPE, of what `qkv` returned."""
         total = sum(self.sizes)
-        plain = projected[:, :total] + self.qkv_bias
+        plain = projected[:, :total].clone() if self.qkv_bias is None else projected[:, :total] + self.qkv_bias
         if self.qkv_lora is not None:
             inner = projected[:, total:].unflatten(1, (3, self.rank))
             deltas = [inner[:, index] @ self._factors[index].float().mT for index in range(3)]
@@ -337,6 +348,12 @@ def _fused(modules: Sequence[Any], rank: int) -> Tensor:
         start = stop
     bases[0].fused = fused
     return fused
+
+
+def _first_factors(modules: Sequence[Any], rank: int, dtype: torch.dtype) -> Tensor:
+    """[n r, K]: room for LoRA's first factors beside layers whose weights are packed."""
+    base = _base(modules[0])
+    return torch.zeros(rank * len(modules), base.in_features, dtype=dtype, device=base.bias.device)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

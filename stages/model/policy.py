@@ -157,18 +157,22 @@ class Policy:
 
 
 def quantize_attention_to_nf4(model: "GptOssForCausalLM") -> None:
-    """Replaces the attention projections by bitsandbytes' NF4 layers (Dettmers et al. 2023); biases stay."""
-    import bitsandbytes as bnb
-
+    """Replaces the attention projections by NF4 layers."""
     for layer in model.model.layers:
         for target in lora.ATTENTION_TARGETS:
-            dense = getattr(layer.self_attn, target)
-            packed = bnb.nn.Linear4bit(
-                dense.in_features, dense.out_features, compute_dtype=dense.weight.dtype, quant_type="nf4"
-            )
-            packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
-            packed.bias = dense.bias
-            setattr(layer.self_attn, target, packed.to(dense.weight.device))
+            setattr(layer.self_attn, target, nf4_layer(getattr(layer.self_attn, target)))
+
+
+def nf4_layer(dense: nn.Linear) -> nn.Module:
+    """The linear layer as bitsandbytes' NF4 (Dettmers et al. 2023); the bias stays as it is."""
+    import bitsandbytes as bnb
+
+    packed = bnb.nn.Linear4bit(
+        dense.in_features, dense.out_features, compute_dtype=dense.weight.dtype, quant_type="nf4"
+    )
+    packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
+    packed.bias = dense.bias
+    return packed.to(dense.weight.device)
 
 
 def open_policy(context: StageContext) -> Policy:
