@@ -111,8 +111,8 @@ def run_stage(run, stage, function, sandbox=None):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
-    for module in (evaluate, export):
-        patch.setattr(module, "Engine", Engine)
+    patch.setattr(evaluate, "live_engine", lambda context, policy: Engine(policy, max_slots=1, max_new_tokens=1))
+    patch.setattr(export, "Engine", Engine)
     patch.setattr(evaluate, "live_policy", lambda context, version: Policy())
     run = RunDir.create(tmp_path_factory.mktemp("matmul") / "demo", CONFIG)
     run_stage(run, StageId("load"), lambda context: (context.out / "x").write_text("x"))

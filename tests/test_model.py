@@ -44,6 +44,7 @@ def located(folder: Path) -> tuple[list[str], str]:
     return done.stdout.splitlines() or done.stderr.splitlines()[-1:], log.read_text() if log.exists() else ""
 
 
+@pytest.mark.timed
 def test_a_whole_checkpoint_in_the_hubs_cache_is_used_without_asking_the_hub(
     tmp_path: Path, random_checkpoint: Path
 ) -> None:

@@ -548,7 +548,7 @@ def whole(path: Path, runner: str, *overrides: str) -> RunDir:
     """A whole run on the bundled model, without Prefect."""
     config = resolved(overridden(preset("tiny_test"), [*overrides, f"steps.runner={runner}"]))
     run = RunDir.create(path, config)
-    with Session() as session, steps.logging_to(run, "INFO"):
+    with Session() as session, steps.logging_to(run, config.logging):
         loop(config, steps.local(run, config, session, Lines(io.StringIO())))
     return run
 
