@@ -102,8 +102,8 @@ def packed_attention(
         raise ValueError(f"{groups}: prompts and completions have at least 1 token")
     shapes = query.shape[0] == key.shape[0] == tokens and key.shape == value.shape
     if not shapes or query.shape[1] % key.shape[1] or sinks.shape != query.shape[1:2]:
-        given = ", ".join(str(tuple(x.shape)) for x in (query, key, value, sinks))
-        raise ValueError(f"shapes of query, key, value and sinks do not fit {tokens} tokens: {given}")
+        sizes = ", ".join(str(tuple(x.shape)) for x in (query, key, value, sinks))
+        raise ValueError(f"shapes of query, key, value and sinks do not fit {tokens} tokens: {sizes}")
     if path == "auto":
         path = "flex" if query.is_cuda else "plain"
     if path == "plain":
@@ -111,10 +111,12 @@ def packed_attention(
     mask, layout = mask_of(groups, window, query.device), layout_of(groups, query.device)
     padded = mask.first.shape[0]
     if layout is None:
-        given = [F.pad(x, (0, 0, 0, 0, 0, padded - tokens)) if padded > tokens else x for x in (query, key, value)]
-        return _compiled_flex(*given, sinks, mask, scale)[:tokens]
-    given = [_Gather.apply(x, layout.sources, layout.places) for x in (query, key, value)]
-    out: Tensor = _Scatter.apply(_compiled_flex(*given, sinks, mask, scale), layout.places)
+        query, key, value = (
+            F.pad(x, (0, 0, 0, 0, 0, padded - tokens)) if padded > tokens else x for x in (query, key, value)
+        )
+        return _compiled_flex(query, key, value, sinks, mask, scale)[:tokens]
+    query, key, value = (_Gather.apply(x, layout.sources, layout.places) for x in (query, key, value))
+    out: Tensor = _Scatter.apply(_compiled_flex(query, key, value, sinks, mask, scale), layout.places)
     return out
 
 
@@ -300,7 +302,8 @@ def _plain(
     for group in groups:
         prompt = slice(start, start + group.prompt)
         own = [x[prompt].transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
-        outs.append(sink_attention(*own, sinks, scale=scale, window=window)[0].transpose(0, 1))
+        out = sink_attention(own[0], own[1], own[2], sinks, scale=scale, window=window)
+        outs.append(out[0].transpose(0, 1))
         start += group.prompt
         if not group.completions:
             continue
