@@ -135,6 +135,14 @@ def context_of(run: RunDir, session: Session) -> StageContext:
     return StageContext(run=run, config=run.config(), stage=UPDATE, out=run.path, session=session)
 
 
+def test_what_is_left_out_is_dealt_evenly_and_so_is_the_rest() -> None:
+    last = {0, 1, 2, 5, 8}
+    dealt = update.deal(9, 2, seed=4, last=last)
+    assert sorted(index for batch in dealt for index in batch) == list(range(9))
+    assert [sum(index in last for index in batch) for batch in dealt] == [3, 2]
+    assert [sum(index not in last for index in batch) for batch in dealt] == [2, 2]
+
+
 def test_a_disagreement_of_engine_and_trainer_is_one_warning_with_its_cure(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         update.warn_of_disagreement(3, 0.009, "none")
