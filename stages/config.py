@@ -96,8 +96,14 @@ class UpdateConfig:
     # truncated: weights are at most this; masked: tokens outside 1 / cap .. cap are left out
     steps: int = 2
     # optimizer steps per iteration
-    micro_batch: int = 8
-    # completions in one forward and backward pass
+    pack_tokens: int = 4096
+    # tokens in one forward and backward pass, prompts counted once for a group; a longer completion goes alone
+    replay_routes: bool = False
+    # compute with the experts that the engine chose for each token
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    # 8 bits need a GPU
+    lora_dtype: Literal["float32", "bfloat16"] = "float32"
+    # of adapters and their gradients
     max_grad_norm: float = 1.0
     # L2 norm the gradient is scaled down to
     weight_decay: float = 0.0
@@ -197,7 +203,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "update.clip_high": (0.0, 1e6),
     "update.correction_cap": (1.0, 1e6),
     "update.steps": (1, 100_000),
-    "update.micro_batch": (1, 100_000),
+    "update.pack_tokens": (1, 100_000_000),
     "update.max_grad_norm": (0.0, 1e9),
     "update.weight_decay": (0.0, 1e6),
     "update.lora_rank": (1, 65_536),

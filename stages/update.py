@@ -4,19 +4,17 @@
 
 Writes the checkpoint (adapter in PEFT's layout, optimizer.safetensors, state.json: what the next update goes on from),
 metrics.parquet (one row an optimizer step) and samples.parquet (what each completion was trained with). The completions
-are dealt into `update.steps` batches; each is one optimizer step, its gradient accumulated over micro-batches. What a
-loss leaves out (dapo: groups without signal) is scored like the rest and takes no part in a step.
+are dealt into `update.steps` batches; each is one optimizer step, its gradient accumulated over packs. What a loss
+leaves out (dapo: groups without signal) is scored like the rest and takes no part in a step.
 """
 
-import json
 import logging
+import math
 import time
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.artifacts import StageContext, StageId, derive
@@ -37,30 +35,13 @@ from stages.grpo import (
     scale_of,
     signal,
 )
-from stages.kernels.logprobs import token_logprobs
-from stages.model.policy import Policy, live_policy
+from stages.model.policy import live_policy
+from stages.trainer import LayerStore, Pack, Sample, TokenLogprobs, completion_logprobs, deal_packs
+from stages.trainer.optimizer import make_optimizer, make_scaler, restore_optimizer, save_optimizer
 
 log = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 MAX_ENGINE_KL = 0.01  # nats a token; others accept 0.002 to 0.015 for mixtures of experts in bf16
-
-
-class Sample(NamedTuple):
-    """One completion as the update sees it."""
-
-    completion_id: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    engine_logprobs: list[float]
-    advantage: float
-
-
-class Logprobs(NamedTuple):
-    """Of the completion tokens of a micro-batch, one completion after the other, float32 [T]."""
-
-    logprobs: Tensor
-    entropy: Tensor
 
 
 def run(context: StageContext) -> None:
@@ -71,30 +52,35 @@ def run(context: StageContext) -> None:
     policy = live_policy(context, iteration)
     samples, silent_ids, silent_groups = read_samples(context, iteration)
     left_out = silent_ids if LOSSES[update.loss].drops_silent_groups else set()
-    optimizer = make_optimizer(policy, update)
+    optimizer, scaler = make_optimizer(policy, update), make_scaler(policy)
     step = 0
     if iteration > 0:
-        step = restore_optimizer(context.input(StageId("update", iteration - 1)), policy, optimizer)
+        step = restore_optimizer(context.input(StageId("update", iteration - 1)), policy, optimizer, scaler)
+    store: LayerStore = context.session.get("layer store", lambda: LayerStore(policy.device))
+    options: dict[str, Any] = {"temperature": config.rollout.temperature, "replay_routes": update.replay_routes}
+
+    def score(pack: Pack) -> TokenLogprobs:
+        with torch.no_grad():
+            return completion_logprobs(policy, pack, **options)
 
     started = time.perf_counter()
-    temperature = config.rollout.temperature
     last = {i for i, sample in enumerate(samples) if sample.completion_id in left_out}
     batches = [
         [
-            micro
+            pack
             for part in ([i for i in order if i not in last], [i for i in order if i in last])
-            for micro in micro_batches([samples[i] for i in part], update.micro_batch)
+            for pack in deal_packs([samples[i] for i in sorted(part)], update.pack_tokens)
         ]
         for order in deal(len(samples), update.steps, seed=derive("deal", config.train.seed, iteration), last=last)
     ]
     # The first batch is trained on by the very policy that would score it: that pass gives its old log-probabilities.
-    old: list[list[Logprobs | None]] = [
-        [score(policy, micro, temperature) if index else None for micro in batch] for index, batch in enumerate(batches)
+    old: list[list[TokenLogprobs | None]] = [
+        [score(pack) if index else None for pack in batch] for index, batch in enumerate(batches)
     ]
     reference = None
     if update.kl:
         with policy.adapter_disabled():
-            reference = [[score(policy, micro, temperature).logprobs for micro in batch] for batch in batches]
+            reference = [[score(pack).logprobs for pack in batch] for batch in batches]
     context.timings.append({"what": "score", "seconds": time.perf_counter() - started})
 
     started = time.perf_counter()
@@ -110,42 +96,46 @@ def run(context: StageContext) -> None:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         total, agreement, entropy = LossMetrics(), Agreement(), 0.0
-        learned = [s for micro in batch for s in micro if s.completion_id not in left_out]
+        learned = [s for pack in batch for s in pack.samples if s.completion_id not in left_out]
         totals = StepTotals(
             num_completions=len(learned),
             num_tokens=sum(len(sample.completion_ids) for sample in learned),
             max_new_tokens=config.rollout.max_new_tokens,
         )
-        for place, micro in enumerate(batch):
-            engine = engine_logprobs(micro, policy.device)
-            silent = all(sample.completion_id in left_out for sample in micro)
-            if silent or (not update.kl and all(sample.advantage == 0 for sample in micro)):  # no gradient comes of it
-                before = old[index][place] or score(policy, micro, temperature)
+        for place, pack in enumerate(batch):
+            engine = engine_logprobs(pack, policy.device)
+            silent = all(sample.completion_id in left_out for sample in pack.samples)
+            # Where nothing is to be learned no gradient comes of it.
+            if silent or (not update.kl and all(sample.advantage == 0 for sample in pack.samples)):
+                before = old[index][place] or score(pack)
             else:
-                now = completion_logprobs(policy, micro, temperature)
-                before = old[index][place] or Logprobs(now.logprobs.detach(), now.entropy)
+                now = completion_logprobs(policy, pack, store=store, **options)
+                before = old[index][place] or TokenLogprobs(now.logprobs.detach(), now.entropy)
                 inputs = LossInputs(
                     old_logprobs=before.logprobs,
                     engine_logprobs=engine,
                     reference_logprobs=reference[index][place] if reference else None,
-                    advantages=torch.tensor([sample.advantage for sample in micro], device=policy.device),
-                    lengths=torch.tensor([len(sample.completion_ids) for sample in micro], device=policy.device),
+                    advantages=torch.tensor([sample.advantage for sample in pack.samples], device=policy.device),
+                    lengths=torch.tensor(pack.lengths, device=policy.device),
                 )
                 loss, metrics = policy_loss(now.logprobs, inputs, totals, update)
-                loss.backward()
+                scaler.scale(loss).backward()
                 total = total + metrics
             old[index][place] = before
             agreement = agreement + Agreement.of(before.logprobs, engine)
             entropy += float(before.entropy.sum())
         parameters = [parameter for _, parameter in policy.parameters()]
+        if total.tokens:
+            scaler.unscale_(optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm))
-        if not torch.isfinite(torch.tensor(grad_norm)):
+        if not math.isfinite(grad_norm) and not scaler.is_enabled():  # which would skip the step and scale less
             raise UserError(
                 f"the gradient of iteration {iteration}, step {index} is not finite",
                 "lower update.learning_rate, or use model.dtype=float32 or bfloat16; the last good checkpoint is kept",
             )
         if total.tokens:
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
         entropy /= agreement.tokens
         means = total.means()
         rows.append(
@@ -172,7 +162,7 @@ def run(context: StageContext) -> None:
 
     policy.version = iteration + 1
     policy.save_adapter(context.out)
-    save_optimizer(context.out, policy, optimizer, step)
+    save_optimizer(context.out, policy, optimizer, step, scaler)
     write_parts(context.out, "metrics", rows, METRICS)
     write_parts(context.out, "samples", sample_rows(batches, old, reference, update, left_out), SAMPLES)
 
@@ -207,7 +197,13 @@ def read_samples(context: StageContext, iteration: int) -> Read:
     )
     flat = advantages(rewards, scale=scale_of(config.update)).flatten().tolist()
     samples = [
-        Sample(row["completion_id"], row["prompt_ids"], row["completion_ids"], row["engine_logprobs"], advantage)
+        Sample(
+            completion_id=row["completion_id"],
+            prompt_ids=tuple(row["prompt_ids"]),
+            completion_ids=tuple(row["completion_ids"]),
+            engine_logprobs=tuple(row["engine_logprobs"]),
+            advantage=advantage,
+        )
         for row, advantage in zip(rollouts, flat, strict=True)
     ]
     silent = [group for group, heard in zip(groups.values(), signal(rewards).tolist(), strict=True) if not heard]
@@ -224,52 +220,9 @@ def deal(count: int, steps: int, *, seed: int, last: Collection[int] = ()) -> li
     return [order[start::steps] for start in range(min(steps, count))]
 
 
-def micro_batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
-    """`samples` from the shortest to the longest, `size` at a time, so that padding is small."""
-    ordered = sorted(samples, key=lambda s: (len(s.prompt_ids) + len(s.completion_ids), s.completion_id))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
-def completion_mask(micro: list[Sample], device: torch.device) -> Tensor:
-    """True on the completion's tokens, bool [N, T] of the longest completion's length."""
-    lengths = torch.tensor([len(sample.completion_ids) for sample in micro], device=device)
-    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-
-
-def completion_logprobs(policy: Policy, micro: list[Sample], temperature: float) -> Logprobs:
-    """The policy's own view of a micro-batch's completions, with gradients.
-
-    Rows are padded on the right, where a causal model never looks; only the positions that predict a completion's token
-    reach the unembedding.
-    """
-    device = policy.device
-    lengths = [len(sample.prompt_ids) + len(sample.completion_ids) for sample in micro]
-    ids = torch.zeros(len(micro), max(lengths), dtype=torch.int64)
-    for row, sample in enumerate(micro):
-        ids[row, : lengths[row]] = torch.tensor(sample.prompt_ids + sample.completion_ids)
-    positions = torch.arange(ids.shape[1], device=device).expand(ids.shape)
-    hidden = policy.model.model(
-        inputs_embeds=policy.embed(ids.to(device)), position_ids=positions, use_cache=False
-    ).last_hidden_state
-    mask = completion_mask(micro, device)
-    rows, tokens = torch.where(mask)
-    starts = torch.tensor([len(sample.prompt_ids) for sample in micro], device=device)
-    predicting = hidden[rows, starts[rows] + tokens - 1]
-    targets = torch.tensor([token for sample in micro for token in sample.completion_ids], device=device)
-    logprobs, entropy = token_logprobs(predicting, policy.model.lm_head.weight, targets, temperature=temperature)
-    return Logprobs(logprobs, entropy)
-
-
-@torch.no_grad()
-def score(policy: Policy, micro: list[Sample], temperature: float) -> Logprobs:
-    """`completion_logprobs` without gradients; the same shapes, so on the CPU the same bits."""
-    return completion_logprobs(policy, micro, temperature)
-
-
-def engine_logprobs(micro: list[Sample], device: torch.device) -> Tensor:
+def engine_logprobs(pack: Pack, device: torch.device) -> Tensor:
     """What the engine made of the same tokens, float32 [T]."""
-    return torch.tensor([x for sample in micro for x in sample.engine_logprobs], device=device)
+    return torch.tensor([x for sample in pack.samples for x in sample.engine_logprobs], device=device)
 
 
 def warn_of_disagreement(iteration: int, engine_kl: float, chosen: str) -> None:
@@ -282,45 +235,9 @@ def warn_of_disagreement(iteration: int, engine_kl: float, chosen: str) -> None:
         )
 
 
-def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter."""
-    parameters = [parameter for _, parameter in policy.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return torch.optim.AdamW(parameters, lr=update.learning_rate, weight_decay=update.weight_decay, foreach=False)
-
-
-def save_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Writes AdamW's moments beside the adapter, and in state.json what they belong to.
-
-    There is no generator state to keep: what is random in an update is derived from the seed and the iteration.
-    """
-    tensors = {
-        f"{name}.{moment}": optimizer.state[parameter][moment].detach().cpu().contiguous()
-        for name, parameter in policy.parameters()
-        for moment in MOMENTS
-        if parameter in optimizer.state
-    }
-    save_file(tensors, folder / "optimizer.safetensors")
-    state = {"policy_version": policy.version, "optimizer_steps": step}
-    (folder / "state.json").write_text(json.dumps(state, sort_keys=True) + "\n")
-
-
-def restore_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.AdamW) -> int:
-    """Puts back what `save_optimizer` wrote; returns how many optimizer steps there have been."""
-    tensors = load_file(folder / "optimizer.safetensors")
-    for name, parameter in policy.parameters():
-        if f"{name}.step" in tensors:
-            moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
-            optimizer.state[parameter] = {
-                moment: value if moment == "step" else value.to(parameter.device) for moment, value in moments.items()
-            }
-    return int(json.loads((folder / "state.json").read_text())["optimizer_steps"])
-
-
 def sample_rows(
-    batches: list[list[list[Sample]]],
-    old: list[list[Logprobs | None]],
+    batches: list[list[Pack]],
+    old: list[list[TokenLogprobs | None]],
     reference: list[list[Tensor]] | None,
     update: UpdateConfig,
     left_out: Collection[str],
@@ -328,16 +245,16 @@ def sample_rows(
     """What each completion was trained with, in completion_id order."""
     rows = []
     for index, batch in enumerate(batches):
-        for place, micro in enumerate(batch):
+        for place, pack in enumerate(batch):
             scored = old[index][place]
             assert scored is not None
-            lengths = [len(sample.completion_ids) for sample in micro]
-            engine = engine_logprobs(micro, scored.logprobs.device)
+            lengths = pack.lengths
+            engine = engine_logprobs(pack, scored.logprobs.device)
             corrected = correction(scored.logprobs, engine, kind=update.correction, cap=update.correction_cap)
             policy_of = scored.logprobs.split(lengths)
             reference_of = reference[index][place].split(lengths) if reference else None
             weights_of = corrected.weights.split(lengths) if corrected else None
-            for row, sample in enumerate(micro):
+            for row, sample in enumerate(pack.samples):
                 weights = weights_of[row].tolist() if weights_of else None
                 learned = sample.completion_id not in left_out
                 rows.append(

@@ -13,6 +13,7 @@ from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, sco
 from stages.config import RunConfig, UserError
 from stages.engine import Engine
 from stages.model.policy import Policy
+from stages.trainer import Pack, Sample, completion_logprobs
 
 SETTINGS = ["rollout.max_new_tokens=64", "train.iterations=2", "model.experts=dequantized", "update.kl=0.01"]
 
@@ -159,12 +160,22 @@ def test_training_moves_the_policy_towards_what_was_rewarded(finished: tuple[Run
         for row in read_table(run.folder(StageId("update", 0)), "samples", SAMPLES).to_pylist()
     }
     samples = [
-        update.Sample(r["completion_id"], r["prompt_ids"], r["completion_ids"], [], advantages[r["completion_id"]])
+        Sample(
+            completion_id=r["completion_id"],
+            prompt_ids=tuple(r["prompt_ids"]),
+            completion_ids=tuple(r["completion_ids"]),
+            engine_logprobs=(),
+            advantage=advantages[r["completion_id"]],
+        )
         for r in rows
     ]
 
     def objective() -> float:
-        means = [float(update.score(policy, [s], 1.0).logprobs.mean()) * s.advantage for s in samples]
+        with torch.no_grad():
+            means = [
+                float(completion_logprobs(policy, Pack((s,)), temperature=1.0).logprobs.mean()) * s.advantage
+                for s in samples
+            ]
         return sum(means)
 
     before = objective()

@@ -39,13 +39,13 @@ def exported_from(updates: int) -> list[StageId]:
 SAMPLING = ("rollout.max_new_tokens", "rollout.temperature", "rollout.max_slots")
 JUDGING = ("task.*", "sandbox.cpu_s", "sandbox.memory_bytes", "train.seed")
 PLAYING = ("evaluate.programs", "evaluate.games", *SAMPLING, *JUDGING)
-ADAPTER = ("update.lora_rank", "update.lora_alpha")
+ADAPTER = ("update.lora_rank", "update.lora_alpha", "update.lora_dtype")
 
 STAGES: dict[str, Stage] = {
     "load": Stage(1, ("model.*",), lambda _: []),
     "rollout": Stage(1, ("rollout.prompts", "rollout.group_size", *SAMPLING, "task.*", "train.seed", *ADAPTER), after),
     "score": Stage(2, JUDGING, lambda i: [StageId("rollout", i)]),
-    "update": Stage(1, ("update.*", "rollout.max_new_tokens", "rollout.temperature", "train.seed"), trained_on),
+    "update": Stage(2, ("update.*", "rollout.max_new_tokens", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),
     "export": Stage(1, ("model.*", *PLAYING, *ADAPTER), exported_from),
 }

@@ -44,6 +44,7 @@ class Policy:
         seed: int,
         source: str,
         checkpoint_digests: dict[str, str],
+        lora_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.version = 0
@@ -52,10 +53,12 @@ class Policy:
         self._seed = derive("lora", seed)
         sinks: Any = model.model.layers[0].self_attn.sinks
         self.device, self.dtype = sinks.device, sinks.dtype
-        lora.add_lora(model, rank=lora_rank, alpha=lora_alpha, dtype=torch.float32, seed=self._seed)
+        lora.add_lora(model, rank=lora_rank, alpha=lora_alpha, dtype=lora_dtype, seed=self._seed)
 
     @classmethod
-    def load(cls, config: ModelConfig, *, lora_rank: int, lora_alpha: float, seed: int) -> "Policy":
+    def load(
+        cls, config: ModelConfig, *, lora_rank: int, lora_alpha: float, seed: int, lora_dtype: str = "float32"
+    ) -> "Policy":
         """Reads and checks the checkpoint config.source names. Raises UserError naming what is wrong with it."""
         from transformers import AutoTokenizer
 
@@ -88,6 +91,7 @@ class Policy:
             seed=seed,
             source=config.source,
             checkpoint_digests=digests(folder),
+            lora_dtype=TORCH_DTYPES[lora_dtype],
         )
 
     @property
@@ -164,6 +168,7 @@ def open_policy(context: StageContext) -> Policy:
             lora_rank=config.update.lora_rank,
             lora_alpha=config.update.lora_alpha,
             seed=config.train.seed,
+            lora_dtype=config.update.lora_dtype,
         ),
     )
 

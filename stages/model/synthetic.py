@@ -58,6 +58,7 @@ def synthetic_policy(
     seed: int = 0,
     dense: str = "full",
     offload_embedding: bool = False,
+    lora_dtype: torch.dtype = torch.float32,
 ) -> Policy:
     """A random model of `shape` on `device`, the same for equal arguments on equal devices.
 
@@ -89,6 +90,7 @@ def synthetic_policy(
         seed=seed,
         source=f"synthetic {shape.name}",
         checkpoint_digests={},
+        lora_dtype=lora_dtype,
     )
     randomise_lora(policy, generator=generator)
     return policy
