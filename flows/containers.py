@@ -294,7 +294,7 @@ def device_requests(gpus: str) -> list[dict[str, Any]]:
     of those that CUDA_VISIBLE_DEVICES leaves, where this machine has any."""
     if gpus == "auto":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        there = Path("/proc/driver/nvidia/version").exists() and visible != ""
+        there = Path("/proc/driver/nvidia/version").exists() and visible not in ("", "-1")
         gpus = (visible.split(",")[0] if visible else "one") if there else "none"
     if gpus in ("none", ""):
         return []

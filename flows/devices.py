@@ -73,9 +73,9 @@ def device(config: RunConfig) -> str | None:
                 match config.steps.gpus:
                     case "none":
                         return None
-                    case "auto" | "all":
+                    case "all":
                         visible = None
-                    case numbers:
+                    case numbers if numbers != "auto":
                         visible = numbers
             return first_gpu(visible, gpus())
         case name:

@@ -13,7 +13,7 @@ from flows import devices
 from flows.config import overridden, resolved
 from flows.presets import preset
 from stages.artifacts import RunDir
-from stages.config import UserError
+from stages.config import UserError, replace
 
 ROOT = Path(__file__).parent.parent
 FIRST, SECOND = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
@@ -124,6 +124,32 @@ def test_the_locked_gpu_is_the_one_that_cuda_calls_0(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices.device(make_run(tmp_path / "run", "gpu").config()) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"),
+    [
+        ("auto", None, FIRST),
+        ("auto", "1,0", SECOND),
+        ("auto", "", None),
+        ("all", "1", FIRST),
+        ("1", "0", SECOND),
+        (SECOND, None, SECOND),
+        ("none", None, None),
+    ],
+)
+def test_the_locked_gpu_is_the_first_that_the_stages_container_is_given(
+    gpus: str,
+    visible: str | None,
+    expected: str | None,
+    two_gpus: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = replace(make_run(tmp_path / "run", "gpu").config(), "steps", runner="docker", gpus=gpus)
+    assert devices.device(config) == expected
 
 
 def test_a_machine_without_a_gpu_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

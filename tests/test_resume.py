@@ -4,6 +4,7 @@ FLEXSINK_KILLS says at how many random moments the flow is killed (3); FLEXSINK_
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 import random
@@ -114,6 +115,12 @@ def test_the_first_run_on_a_machine_warns_of_nothing_and_speaks_to_no_other_mach
 def copied(quiet_run: tuple[Path, float], tmp_path: Path) -> Path:
     shutil.copytree(quiet_run[0], tmp_path / "run")
     return tmp_path / "run"
+
+
+def below(path: Path, pattern: str) -> list[Path]:
+    """What lies below a run and has that name, while its folders come and go: Path.rglob fails where one goes."""
+    found = (Path(folder, name) for folder, names, files in os.walk(path) for name in [*names, *files])
+    return [each for each in found if fnmatch.fnmatch(each.name, pattern)]
 
 
 def published(path: Path) -> dict[str, int]:

@@ -37,7 +37,7 @@ from stages.sandbox.image import connect
 from stages.sandbox.keeper import Keeper
 from stages.sandbox.self_check import HARNESS, Pick, attack_pool
 from tests import synthetic_run
-from tests.test_resume import Flow, journal_at_work, repeated
+from tests.test_resume import Flow, below, journal_at_work, repeated
 
 pytestmark = pytest.mark.docker
 
@@ -144,7 +144,7 @@ def test_ten_sandboxes_killed_in_mid_run_change_no_verdict(tmp_path: Path) -> No
 
     def kill() -> None:
         draw, client = random.Random(10), connect()
-        journal = wait_for(lambda: next(run.path.rglob("verdicts.journal"), None))
+        journal = wait_for(lambda: next(iter(below(run.path, "verdicts.journal")), None))
         wait_for(lambda: journal.read_bytes())
         while len(killed) < 10 and not done.is_set():
             victims = [each["Id"] for each in of_run(run, "sandbox") if each["State"] == "running"]
@@ -337,7 +337,7 @@ def test_a_killed_stage_container_is_a_line_and_the_next_try_goes_on(tmp_path: P
     inside = in_process(run, tmp_path / "other", config)
 
     def kill() -> None:
-        journal = wait_for(lambda: next(run.path.rglob("verdicts.journal"), None))
+        journal = wait_for(lambda: next(iter(below(run.path, "verdicts.journal")), None))
         wait_for(lambda: journal.read_bytes().count(b"\n") >= 5)
         client = connect()
         client.kill(of_run(run, "score")[0]["Id"])
@@ -350,7 +350,7 @@ def test_a_killed_stage_container_is_a_line_and_the_next_try_goes_on(tmp_path: P
     killer.join()
     assert "flexsink resume" in raised.value.hint
     assert (of_run(run), volumes(run)) == ([], [])
-    (journal,) = run.path.rglob("verdicts.journal")
+    (journal,) = below(run.path, "verdicts.journal")
     before = journal.read_bytes()
     os.link(journal, tmp_path / "kept.journal")
     assert make(run, config).digest == inside.digest
@@ -484,6 +484,7 @@ def test_auto_asks_for_one_card_where_there_are_cards(monkeypatch: pytest.Monkey
         (True, None, [(1, None)]),
         (True, "2,3", [(0, ["2"])]),
         (True, "", []),
+        (True, "-1", []),
     ):
         monkeypatch.setattr(Path, "exists", lambda path, there=there: there if "nvidia" in str(path) else exists(path))
         if visible is not None:
@@ -508,7 +509,7 @@ sys.exit(guarded(lambda: bool(make(run, run.config()))))
 def living(run: RunDir) -> "subprocess.Popen[bytes]":
     """A process in the middle of the run's score."""
     process = subprocess.Popen([sys.executable, "-c", LIVING, str(run.path)], cwd=ROOT, start_new_session=True)
-    wait_for(lambda: next(run.path.rglob("verdicts.journal"), None), 60)
+    wait_for(lambda: below(run.path, "verdicts.journal"), 60)
     assert {each["State"] for each in of_run(run)} >= {"running"}
     return process
 
@@ -555,7 +556,7 @@ def whole(path: Path, runner: str, *overrides: str) -> RunDir:
 
 def contents(run: RunDir) -> dict[str, str]:
     """The content digest of every stage that is done."""
-    paths = (path for path in run.path.rglob("manifest.json") if ".tmp" not in str(path) and ".stale" not in str(path))
+    paths = (path for path in below(run.path, "manifest.json") if ".tmp" not in str(path) and ".stale" not in str(path))
     return {str(path.parent.relative_to(run.path)): json.loads(path.read_text())["digest"] for path in paths}
 
 
@@ -605,12 +606,12 @@ def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_lik
         process = flow.start(*words)
         wait_while(process, lambda run=run, many=number + (where == "behind"): len(contents(run)) < many)
         if where == "in":
-            wait_while(process, lambda path=path: not list(path.rglob(".tmp-*")))
+            wait_while(process, lambda path=path: not below(path, ".tmp-*"))
             time.sleep(1.5 * draw.random())
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        at_work = [str(each.relative_to(path)) for each in path.rglob(".tmp-*")]
+        at_work = [str(each.relative_to(path)) for each in below(path, ".tmp-*")]
         print(f"killed {where} {order[number]}: {len(contents(run))} stages done, at work {at_work}")
         assert before.items() <= contents(run).items()
         if (path / "config.json").exists():
@@ -622,8 +623,7 @@ def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_lik
     assert resumed
     assert contents(run) == contents(quiet)
     assert (of_run(run), volumes(run)) == ([], [])
-    assert not list(path.rglob(".tmp-*"))
-    assert not list(path.rglob("*.journal"))
+    assert (below(path, ".tmp-*"), below(path, "*.journal")) == ([], [])
 
 
 def wait_while(process: "subprocess.Popen[str]", true: Callable[[], bool]) -> None:
