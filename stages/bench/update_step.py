@@ -78,7 +78,7 @@ class Setting:
 
 def open_policy(setting: Setting, *, device: torch.device) -> Policy:
     """The synthetic policy, with LoRA where the setting wants it."""
-    kept = {"dense": setting.dense, "offload_embedding": setting.offload_embedding}
+    kept: dict[str, Any] = {"dense": setting.dense, "offload_embedding": setting.offload_embedding}
     policy = synthetic_policy(
         setting.shape,
         lora_rank=setting.rank,
