@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stages.bench.agreement import routes_noted
 from stages.bench.update_step import Trainer
 from stages.config import UpdateConfig
 from stages.model.policy import Policy
@@ -13,9 +14,9 @@ from stages.model.policy import Policy
 
 class Sample(NamedTuple):
     completion_id: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    engine_logprobs: list[float]
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    engine_logprobs: tuple[float, ...]
     advantage: float
     routes: Any = None
 
@@ -56,18 +57,36 @@ def pack(samples: Sequence[Sample], pack_tokens: int) -> list[Pack]:
     return packs
 
 
-def completion_logprobs(policy: Policy, pack: Pack, *, temperature: float, grad: bool = True) -> TokenLogprobs:
+class Store:
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def completion_logprobs(
+    policy: Policy,
+    pack: Pack,
+    *,
+    temperature: float,
+    store: Store,
+    replay_routes: bool = False,
+    routes: list[Tensor] | None = None,
+) -> TokenLogprobs:
     found = []
-    with torch.set_grad_enabled(grad):
-        for sample in pack.samples:
-            ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids]], device=policy.device)
-            positions = torch.arange(ids.shape[1], device=policy.device)[None]
+    for sample in pack.samples:
+        ids = torch.tensor([[*sample.prompt_ids, *sample.completion_ids[:-1]]], device=policy.device)
+        positions = torch.arange(ids.shape[1], device=policy.device)[None]
+        with routes_noted(policy.model) as noted:
             hidden = policy.model.model(
                 inputs_embeds=policy.embed(ids), position_ids=positions, use_cache=False
             ).last_hidden_state
-            logits = policy.model.lm_head(hidden[0, len(sample.prompt_ids) - 1 : -1]).float() / temperature
-            targets = torch.tensor(sample.completion_ids, device=policy.device)
-            found.append(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+        if routes is not None:
+            routes += [layer[0] for layer in noted]
+        logits = policy.model.lm_head(hidden[0, len(sample.prompt_ids) - 1 :]).float() / temperature
+        targets = torch.tensor(sample.completion_ids, device=policy.device)
+        found.append(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
     logprobs = torch.cat(found)
     return TokenLogprobs(logprobs, torch.zeros_like(logprobs))
 
@@ -87,4 +106,4 @@ def config(*, optimizer: str, **values: Any) -> UpdateConfig:
 
 
 def stand_in_trainer() -> Trainer:
-    return Trainer(Sample, pack, completion_logprobs, make_optimizer, policy_loss, Inputs, Totals, config)
+    return Trainer(Sample, pack, completion_logprobs, Store, make_optimizer, policy_loss, Inputs, Totals, config)

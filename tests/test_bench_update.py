@@ -64,7 +64,7 @@ def test_the_parts_of_the_floor_are_those_of_a_small_model_by_hand() -> None:
     assert flops.projections == 3 * 5 * 2 * 3 * weights  # layers, tokens, multiply and add, passes
     assert flops.router == 3 * 5 * 2 * 3 * 10 * 8
     assert flops.experts == 3 * 5 * 2 * 3 * 4 * (10 * 12 + 6 * 10)
-    assert flops.head == 4 * 2 * 3 * 100 * 10  # the first token is not predicted
+    assert flops.head == 5 * 2 * 3 * 100 * 10
     full, sliding = 1 + 2 + 3 + 4 + 5, 1 + 2 + 3 + 3 + 3
     assert flops.attention == 4.5 * (2 * 2 * 4 * 5) * (full + 2 * sliding)
     assert floor_tokens_per_s(shape, sequence(5), tflops=1e-12 * flops.total) == pytest.approx(5)
@@ -72,7 +72,7 @@ def test_the_parts_of_the_floor_are_those_of_a_small_model_by_hand() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
 def test_keys_seen_are_those_of_a_mask_drawn_token_by_token(window: int | None) -> None:
-    layout = Layout("packed", groups=2, group_size=3, prompt_tokens=5, completion_tokens=7)
+    layout = Layout("packed", groups=2, group_size=3, prompt_tokens=5, completion_tokens=8)  # 7 computed
     tokens = [(0, position) for position in range(5)]  # 0: the prompt
     tokens += [(completion, position) for completion in (1, 2, 3) for position in range(5, 12)]
     seen = sum(
@@ -87,10 +87,12 @@ def test_keys_seen_are_those_of_a_mask_drawn_token_by_token(window: int | None) 
 def test_a_packed_layout_is_groups_of_eight_behind_their_prompts() -> None:
     assert packed(4096) == ("packed", 1, 8, 256, 512)
     assert (packed(32_768).groups, packed(131_072).groups) == (8, 30)
-    assert packed(131_072).tokens == 30 * (256 + 8 * 512)
-    assert packed(131_072).unshared_tokens == 30 * 8 * (256 + 512)
+    assert packed(131_072).tokens == 30 * (256 + 8 * 511)  # a last token leads to nothing
+    assert packed(131_072).trained_tokens == 30 * 8 * 512
+    assert packed(131_072).unshared_tokens == 30 * 8 * (256 + 511)
     small = packed(100)
-    assert (small.prompt_tokens, small.completion_tokens, small.tokens) == (5, 10, 85)
+    assert (small.prompt_tokens, small.completion_tokens, small.tokens) == (5, 10, 77)
+    assert (sequence(100).tokens, sequence(100).trained_tokens) == (100, 100)
 
 
 def test_lengths_and_targets_are_read_as_they_are_written() -> None:
@@ -169,9 +171,9 @@ def test_the_figures_of_a_row_follow_from_its_milliseconds() -> None:
     parts = [{"forward": f, "backward": 50.0, "optimizer": 10.0} for f in (30.0, 20.0, 100.0)]
     row = update.row_of(MODEL_20B, packed(4096), parts)
     assert row["ms"] == 90
-    assert row["tokens_per_s"] == pytest.approx(4352 / 0.090)
-    assert row["unshared_tokens_per_s"] == pytest.approx(8 * 768 / 0.090)
-    assert row["forward_backward_tokens_per_s"] == pytest.approx(4352 / 0.080)
+    assert row["tokens_per_s"] == pytest.approx(4344 / 0.090)
+    assert row["unshared_tokens_per_s"] == pytest.approx(8 * 767 / 0.090)
+    assert row["forward_backward_tokens_per_s"] == pytest.approx(4344 / 0.080)
     assert row["floor_share"] == pytest.approx(row["tokens_per_s"] / floor_tokens_per_s(MODEL_20B, packed(4096)))
     assert row["ms_of_repeats"] == [90, 80, 160]
 
@@ -371,14 +373,11 @@ def test_the_command_measures_the_tiny_shape_on_a_cpu(
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     path = tmp_path / "made" / "update.json"
-    words = ["bench", "update", "--shape", "tiny", "--layers", "2", "--tokens", "64", "--lora", "4", "--repeats", "2"]
+    words = ["bench", "update", "--shape", "tiny", "--layers", "1", "--tokens", "32", "--lora", "4", "--repeats", "2"]
     words += ["--memory-cap", "24e9", "--dtype", "fp32", "--lora-dtype", "fp32", "--optimizer", "adamw", "--longest"]
-    words += ["--iteration", "--agreement", "--updates", "2", "--targets", "attention,attention+experts"]
+    words += ["--iteration", "--agreement", "--updates", "1", "--targets", "attention,attention+experts"]
     words += ["--peers", f"{__name__}:own_peer", "--out", str(path)]
     monkeypatch.setattr(sys, "argv", ["flexsink", *words])
-    monkeypatch.setattr(
-        "stages.bench.update_cases.SMALL_ITERATIONS", update.SMALL_ITERATIONS
-    )  # what the command takes is what is tested
     args = parser().parse_args(words)
     assert bench_update(args, trainer=trainer) == 0
     body = json.loads(path.read_text())
@@ -391,19 +390,19 @@ def test_the_command_measures_the_tiny_shape_on_a_cpu(
         (mode, targets) for targets in ("attention", "attention+experts") for mode in ("sequence", "packed")
     ]
     assert all(recorded <= row.keys() for row in ours)
-    assert ours[0]["tokens"] == 64
+    assert ours[0]["tokens"] == 32
     assert all(len(row["ms_of_repeats"]) == 2 for row in ours)
-    floor = floor_tokens_per_s(dataclasses.replace(SHAPES["tiny"], num_layers=2), sequence(64))
+    floor = floor_tokens_per_s(dataclasses.replace(SHAPES["tiny"], num_layers=1), sequence(32))
     assert (peer["system"], peer["lora"], peer["floor_share"]) == ("own", 4, pytest.approx(2 / floor, rel=1e-3))
     assert broken["error"] == "RuntimeError: own is broken"
-    assert [row["tokens"] for row in body["longest"]] == [256, 256]
+    assert [row["tokens"] for row in body["longest"]] == [128, 128]
     assert len(body["iteration"]) == 4
     assert [row["system"] for row in body["agreement"]] == ["flexsink", "flexsink", "transformers"]
     assert all(row["difference_max"] < 1e-5 for row in body["agreement"][:2])
     told = capsys.readouterr().out
     assert "packed" in told
-    assert "256 tokens uncapped" in told
-    assert "own: " in told
+    assert "128 tokens uncapped" in told
+    assert f"{__name__}:own_peer: RuntimeError: own is broken" in told
     assert f"written to  {path}" in told
 
 

@@ -40,8 +40,8 @@ def case_of(shape: Shape) -> Case:
 
 
 class Scored(NamedTuple):
-    """One completion: natural logs float32 [C] of its tokens, and the experts int [R, layers, k] of the R positions
-    before the last token, the last of them in the last row; None where they are not known.
+    """One completion: natural logs float32 [C] of its tokens, and the experts int [R, layers, k] of its last R computed
+    tokens (the very last token is not computed); None where they are not known.
     """
 
     logprobs: Tensor
@@ -143,11 +143,11 @@ def samples_of(training: Training, completions: Sequence[Completion], case: Case
     return [
         training.trainer.sample(
             completion_id=completion.completion_id,
-            prompt_ids=list(completion.prompt_ids),
-            completion_ids=list(completion.completion_ids),
-            engine_logprobs=list(completion.engine_logprobs),
+            prompt_ids=completion.prompt_ids,
+            completion_ids=completion.completion_ids,
+            engine_logprobs=completion.engine_logprobs,
             advantage=gain,
-            **({"routes": getattr(completion, "routes", None)} if replay else {}),
+            routes=getattr(completion, "routes", None) if replay else None,
         )
         for completion, gain in zip(completions, gains, strict=True)
     ]
@@ -160,23 +160,16 @@ def routes_of(completion: Completion, device: torch.device) -> Tensor | None:
 
 
 def scored(training: Training, sample: Any) -> Scored:
-    """The trainer's view of one completion alone in its pack, without gradients."""
+    """The trainer's view of one completion alone in its pack, without gradients; with the sample's routes, by them."""
     (pack,) = training.trainer.pack([sample], len(sample.prompt_ids) + len(sample.completion_ids))
-    with routes_noted(training.policy.model) as noted:
-        logprobs = training.logprobs(pack, grad=False)
-    layers = [torch.cat(calls) for calls in noted if calls]
-    routes = torch.stack(layers, dim=1) if len(layers) == len(noted) else None
-    whole = len(sample.prompt_ids) + len(sample.completion_ids)
-    if routes is not None and routes.shape[0] == whole:
-        routes = routes[:-1]  # the last token predicts nothing
-    return Scored(logprobs, routes)
+    routes: list[Tensor] = []
+    logprobs = training.logprobs(pack, grad=False, replay_routes=sample.routes is not None, routes=routes)
+    return Scored(logprobs, torch.stack(routes, dim=1))
 
 
 @contextmanager
 def routes_noted(model: Any) -> Iterator[list[list[Tensor]]]:
-    """Within it the experts [tokens, k] of every call of each layer's router are kept, for as long as the model is
-    called through its modules.
-    """
+    """Within it the experts [tokens, k] of every call of each layer's router are kept."""
     noted: list[list[Tensor]] = [[] for _ in model.model.layers]
 
     def keep(calls: list[Tensor]) -> Any:

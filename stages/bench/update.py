@@ -148,6 +148,7 @@ def measure_setting(
             about | {"mode": "engine against trainer"} | sampled._asdict(),
             lambda: agreement.measure(training, sampled, updates=options.updates, seed=setting.seed),
         )
+    training.close()
 
 
 def iterations(shape: Shape) -> tuple[IterationCase, ...]:
@@ -231,13 +232,11 @@ def measure_longest(training: Training, setting: Setting, options: Options, memo
             training.step(training.trainer.pack(samples, tokens), watch, on_policy=True)
             peaks[tokens] = row_of(setting.shape, layout, [watch.milliseconds()]) | memory.details()
 
-    def fits(tokens: int) -> str:
-        training.optimizer.zero_grad(set_to_none=True)
-        return fits_memory(lambda: attempt(tokens))
-
-    start = max(options.tokens, default=4096) if torch.cuda.is_available() else 64
-    limit = 1 << 20 if torch.cuda.is_available() else 256
-    found = longest(fits, start=start, limit=limit, seconds=LONGEST_SECONDS)
+    start = max(options.tokens, default=4096) if torch.cuda.is_available() else 32
+    limit = 1 << 20 if torch.cuda.is_available() else 128
+    found = longest(
+        lambda tokens: fits_memory(lambda: attempt(tokens)), start=start, limit=limit, seconds=LONGEST_SECONDS
+    )
     if not found.tokens:
         raise UserError(f"not even {start} tokens fit: {found.reason}", "begin with fewer --tokens")
     return {"tokens": found.tokens, "tried": found.tried, "reason": found.reason, **peaks[found.tokens]}

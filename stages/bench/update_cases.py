@@ -6,11 +6,14 @@ from stages.bench.cases import Bar
 from stages.config import UserError
 
 PROMPT_TOKENS, COMPLETION_TOKENS, GROUP_SIZE = 256, 512, 8  # of a packed group
-PACKED_TOKENS = PROMPT_TOKENS + GROUP_SIZE * COMPLETION_TOKENS
+PACKED_TOKENS = PROMPT_TOKENS + GROUP_SIZE * (COMPLETION_TOKENS - 1)
 
 
 class Layout(NamedTuple):
-    """The tokens of one optimizer step: `groups` prompts, the completions of each behind its one prompt."""
+    """The tokens of one optimizer step: `groups` prompts, the completions of each behind its one prompt.
+
+    A completion's last token leads to nothing, so it is trained on and not computed.
+    """
 
     mode: str
     groups: int
@@ -21,12 +24,12 @@ class Layout(NamedTuple):
     @property
     def tokens(self) -> int:
         """That are computed: a prompt counts once for its group."""
-        return self.groups * (self.prompt_tokens + self.group_size * self.completion_tokens)
+        return self.groups * (self.prompt_tokens + self.group_size * (self.completion_tokens - 1))
 
     @property
     def unshared_tokens(self) -> int:
         """That a trainer without shared prompts would compute."""
-        return self.groups * self.group_size * (self.prompt_tokens + self.completion_tokens)
+        return self.groups * self.group_size * (self.prompt_tokens + self.completion_tokens - 1)
 
     @property
     def trained_tokens(self) -> int:
@@ -34,8 +37,8 @@ class Layout(NamedTuple):
 
 
 def sequence(tokens: int) -> Layout:
-    """One completion of all tokens but the first."""
-    return Layout("sequence", 1, 1, 1, tokens - 1)
+    """One completion behind a prompt of one token; all that are computed are trained on."""
+    return Layout("sequence", 1, 1, 1, tokens)
 
 
 def packed(tokens: int) -> Layout:
@@ -45,7 +48,7 @@ def packed(tokens: int) -> Layout:
     if tokens >= 4096:
         groups = max(1, round(tokens / PACKED_TOKENS))
         return Layout("packed", groups, GROUP_SIZE, PROMPT_TOKENS, COMPLETION_TOKENS)
-    part = max(1, tokens // (PACKED_TOKENS // PROMPT_TOKENS))
+    part = max(1, tokens // (1 + 2 * GROUP_SIZE))
     return Layout("packed", 1, GROUP_SIZE, part, 2 * part)
 
 
@@ -68,7 +71,7 @@ ITERATIONS = (
     IterationCase(1, 8, 128, 4096, repeats=1),
     IterationCase(64, 8, 128, 1024, repeats=0),
 )
-SMALL_ITERATIONS = (IterationCase(1, 8, 16, 8, repeats=1), IterationCase(2, 8, 16, 16, repeats=0))  # of shape tiny
+SMALL_ITERATIONS = (IterationCase(1, 4, 16, 8, repeats=1), IterationCase(2, 4, 16, 8, repeats=0))  # of shape tiny
 
 # gpt-oss-20b on one H200, LoRA r=16 on attention and experts, 4096 tokens; with the peak of that row
 SPEED = {4096: Bar(12_000, 16_700, 20_000)}

@@ -49,7 +49,7 @@ def step_flops(shape: Shape, layout: Layout) -> StepFlops:
 
 def keys_seen(layout: Layout, window: int | None) -> int:
     """Pairs of a query and a key it sees, in one layer and head; None is no window."""
-    whole = layout.prompt_tokens + layout.completion_tokens
+    whole = layout.prompt_tokens + layout.completion_tokens - 1
     prompt = pairs(layout.prompt_tokens, window)
     return layout.groups * (prompt + layout.group_size * (pairs(whole, window) - prompt))
 
@@ -64,6 +64,6 @@ def floor_tokens_per_s(shape: Shape, layout: Layout, *, tflops: float = REFERENC
     """Computed tokens a second that no update with layer checkpoints exceeds on a card of `tflops` TFLOP/s.
 
     Example:
-        floor_tokens_per_s(SHAPES["gpt-oss-20b"], sequence(4096))    # 33 523, of 23.57 GFLOP a token
+        floor_tokens_per_s(SHAPES["gpt-oss-20b"], sequence(4096))    # 33 522, of 23.57 GFLOP a token
     """
     return layout.tokens * tflops * 1e12 / step_flops(shape, layout).total

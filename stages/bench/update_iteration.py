@@ -119,9 +119,9 @@ def judged(training: Training, completions: list[Completion], case: IterationCas
     return [
         training.trainer.sample(
             completion_id=completion.completion_id,
-            prompt_ids=list(completion.prompt_ids),
-            completion_ids=list(completion.completion_ids),
-            engine_logprobs=list(completion.engine_logprobs),
+            prompt_ids=completion.prompt_ids,
+            completion_ids=completion.completion_ids,
+            engine_logprobs=completion.engine_logprobs,
             advantage=advantage,
         )
         for completion, advantage in zip(completions, advantages(grouped).flatten().tolist(), strict=True)

@@ -73,7 +73,6 @@ def adapted(shape: Shape, target: str, *, rank: int, attention: str, device: tor
 
     model = transformers_model(shape, device=device)
     model.set_attn_implementation(attention)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -82,7 +81,8 @@ def adapted(shape: Shape, target: str, *, rank: int, attention: str, device: tor
         bias="none",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of target_parameters being new
+        warnings.simplefilter("ignore")  # newer versions have other names for checkpointing
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return get_peft_model(model, config).train()
 
 

@@ -49,7 +49,8 @@ def lines_of(body: Row) -> Iterator[str]:
         yield from table_lines(ROW_COLUMNS, [cells_of(row, shape) for row in rows], words=2)
     for row in rows:
         if "error" in row:
-            yield f"   {row['system']}, {case_of(row)}: {row['error']}"
+            about = ", ".join(words for words in (row["system"], case_of(row)) if words)
+            yield f"   {about}: {row['error']}"
     for row in rows:
         for name in ("forward", "backward"):
             for kernel in row.get(f"{name}_kernels", ()):

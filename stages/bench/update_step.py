@@ -20,9 +20,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Trainer(NamedTuple):
     """What the benchmark calls of the trainer; a test may hand in another."""
 
-    sample: Callable[..., Any]  # stages.trainer.samples.Sample
+    sample: Callable[..., Any]  # stages.trainer.Sample
     pack: Callable[..., Sequence[Any]]  # (samples, pack_tokens)
-    completion_logprobs: Callable[..., Any]  # (policy, pack, temperature=, grad=)
+    completion_logprobs: Callable[..., Any]  # (policy, pack, temperature=, store=, replay_routes=, routes=)
+    store: Callable[..., Any]  # of a device; what keeps the layers' inputs from one step to the next
     make_optimizer: Callable[..., torch.optim.Optimizer]  # (policy, update)
     policy_loss: Callable[..., tuple[Tensor, Any]]  # (policy_logprobs, inputs, totals, update)
     inputs: Callable[..., Any]  # stages.grpo.LossInputs
@@ -33,12 +34,19 @@ class Trainer(NamedTuple):
 def own_trainer() -> Trainer:
     """The project's."""
     from stages.grpo import LossInputs, StepTotals, policy_loss
-    from stages.trainer.forward import completion_logprobs
+    from stages.trainer import LayerStore, Sample, completion_logprobs, deal_packs
     from stages.trainer.optimizer import make_optimizer
-    from stages.trainer.samples import Sample, pack
 
     return Trainer(
-        Sample, pack, completion_logprobs, make_optimizer, policy_loss, LossInputs, StepTotals, update_config
+        sample=Sample,
+        pack=deal_packs,
+        completion_logprobs=completion_logprobs,
+        store=LayerStore,
+        make_optimizer=make_optimizer,
+        policy_loss=policy_loss,
+        inputs=LossInputs,
+        totals=StepTotals,
+        config=update_config,
     )
 
 
@@ -109,11 +117,25 @@ class Training:
         )
         self.optimizer = trainer.make_optimizer(policy, self.update)
         self._parameters = [parameter for _, parameter in policy.parameters()]
+        self._store = trainer.store(policy.device)
 
-    def logprobs(self, pack: Any, *, grad: bool) -> Tensor:
-        """float32 [T] of all completion tokens of the pack."""
-        found: Tensor = self.trainer.completion_logprobs(self.policy, pack, temperature=1.0, grad=grad).logprobs
+    def logprobs(
+        self, pack: Any, *, grad: bool, replay_routes: bool = False, routes: list[Tensor] | None = None
+    ) -> Tensor:
+        """float32 [T] of all completion tokens of the pack. replay_routes: by the experts that the samples hold; routes
+        takes each layer's choices int64 [T, k].
+        """
+        with torch.set_grad_enabled(grad):
+            found: Tensor = self.trainer.completion_logprobs(
+                self.policy, pack, temperature=1.0, store=self._store, replay_routes=replay_routes, routes=routes
+            ).logprobs
         return found
+
+    def close(self) -> None:
+        """Gives back what is kept from one step to the next, but for the optimizer's state."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._store.close()
+        self._store = self.trainer.store(self.policy.device)
 
     def step(self, packs: Sequence[Any], watch: "Stopwatch", *, on_policy: bool) -> None:
         """One optimizer step over all packs; `watch` hears of forward, backward and optimizer.
@@ -124,16 +146,24 @@ class Training:
         lengths = [len(sample.completion_ids) for sample in samples]
         totals = self.trainer.totals(num_completions=len(samples), num_tokens=sum(lengths), max_new_tokens=max(lengths))
         watch.start()
-        for pack in packs:
-            now = self.logprobs(pack, grad=True)
-            watch.lap("forward")
-            loss, _ = self.trainer.policy_loss(now, self._inputs(pack, now, on_policy), totals, self.update)
-            loss.backward()
-            watch.lap("backward")
+        try:
+            for pack in packs:
+                self._accumulate(pack, totals, watch, on_policy)
+        except BaseException:
+            self.close()  # a length that does not fit must not leave its halves behind
+            raise
         torch.nn.utils.clip_grad_norm_(self._parameters, self.update.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         watch.lap("optimizer")
+
+    def _accumulate(self, pack: Any, totals: Any, watch: "Stopwatch", on_policy: bool) -> None:
+        """Adds a pack's gradients."""
+        now = self.logprobs(pack, grad=True)
+        watch.lap("forward")
+        loss, _ = self.trainer.policy_loss(now, self._inputs(pack, now, on_policy), totals, self.update)
+        loss.backward()
+        watch.lap("backward")
 
     def _inputs(self, pack: Any, now: Tensor, on_policy: bool) -> Any:
         old = now.detach()
@@ -183,9 +213,8 @@ def random_samples(layout: Layout, make: Callable[..., Any], *, vocabulary: int,
     """The layout's completions of random tokens, with random advantages whose sum in a group is 0."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(count: int) -> list[int]:
-        ids: list[int] = torch.randint(0, vocabulary, (count,), generator=generator).tolist()
-        return ids
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, vocabulary, (count,), generator=generator).tolist())
 
     samples = []
     for group in range(layout.groups):
@@ -198,7 +227,7 @@ def random_samples(layout: Layout, make: Callable[..., Any], *, vocabulary: int,
                     completion_id=f"{group:03d}-{place:03d}",
                     prompt_ids=prompt,
                     completion_ids=draw(layout.completion_tokens),
-                    engine_logprobs=[],
+                    engine_logprobs=(),
                     advantage=advantage,
                 )
             )
