@@ -156,16 +156,19 @@ def test_a_bare_machine_can_import_the_model_and_ask_for_help_without_torch() ->
         "import sys",
         f"for name in {ABSENT!r}: sys.modules[name] = None",
         "from flows.cli import parser",
-        "try: parser().parse_args(['bench', 'engine', '--help'])",
-        "except SystemExit: pass",
+        "for what in ('engine', 'update'):",
+        "    try: parser().parse_args(['bench', what, '--help'])",
+        "    except SystemExit: pass",
         "assert 'torch' not in sys.modules",
         "import stages.bench.engine, stages.bench.engine_report, stages.model.synthetic, stages.model.merge",
+        "import stages.bench.update, stages.bench.update_report",
     ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "--replay" in done.stdout
+    assert "--memory-cap" in done.stdout
 
 
 class FakeCase:

@@ -71,7 +71,7 @@ ITERATIONS = (
     IterationCase(1, 8, 128, 4096, repeats=1),
     IterationCase(64, 8, 128, 1024, repeats=0),
 )
-SMALL_ITERATIONS = (IterationCase(1, 4, 16, 8, repeats=1), IterationCase(2, 4, 16, 8, repeats=0))  # of shape tiny
+SMALL_ITERATIONS = (IterationCase(1, 4, 16, 8, repeats=1), IterationCase(2, 2, 16, 8, repeats=0))  # of shape tiny
 
 # gpt-oss-20b on one H200, LoRA r=16 on attention and experts, 4096 tokens; with the peak of that row
 SPEED = {4096: Bar(12_000, 16_700, 20_000)}
