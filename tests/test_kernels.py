@@ -1,5 +1,7 @@
 """Every path of the kernels against the plain oracles in float64, values and gradients."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,8 @@ from torch import Tensor
 from stages.kernels import reference
 from stages.kernels.attention import Partial, apply_sinks, attend, merge, sink_attention
 from stages.kernels.experts import Lora, experts, experts_fixed_shape
-from stages.kernels.logprobs import token_logprobs
+from stages.kernels.launch import interpreted
+from stages.kernels.logprobs import Tile, token_logprobs
 from stages.model.experts import DenseWeight, PackedWeight
 from stages.model.mxfp4 import dequantize, quantize
 
@@ -140,7 +143,11 @@ def test_the_clamp_and_the_interleaving_are_gpt_oss_s() -> None:
     torch.testing.assert_close(reference.swiglu(gate_up, alpha=1.702, limit=7.0), expected, rtol=1e-4, atol=1e-12)
 
 
-def test_token_logprobs_and_their_gradient_equal_the_whole_matrix() -> None:
+@pytest.mark.parametrize(
+    "path",
+    ["plain", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
+)
+def test_token_logprobs_and_their_gradient_equal_the_whole_matrix(path: Literal["plain", "triton"]) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(50, 16, generator=generator).requires_grad_()
     unembedding = torch.randn(300, 16, generator=generator)
@@ -150,8 +157,10 @@ def test_token_logprobs_and_their_gradient_equal_the_whole_matrix() -> None:
         expected, entropy = reference.token_logprobs(doubles, unembedding.to(F64), targets, temperature=temperature)
         weight = torch.randn(50, generator=generator)
         (right,) = torch.autograd.grad((expected * weight).sum(), doubles)
-        for chunk in (7, 50, 1000):
-            ours, our_entropy = token_logprobs(hidden, unembedding, targets, temperature=temperature, chunk=chunk)
+        for tile in (Tile(7, 300), Tile(50, 128), Tile(1000, 512)):
+            ours, our_entropy = token_logprobs(
+                hidden, unembedding, targets, temperature=temperature, tile=tile, path=path
+            )
             torch.testing.assert_close(ours.to(F64), expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(our_entropy.to(F64), entropy, atol=1e-5, rtol=1e-5)
             (gradient,) = torch.autograd.grad((ours * weight).sum(), hidden)

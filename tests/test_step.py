@@ -8,8 +8,6 @@ import torch
 from stages.engine import Engine, Request, SamplingParams
 from stages.engine.paged_engine import PagedEngine
 from stages.kernels.launch import interpreted
-from stages.model.lora import ATTENTION_TARGETS
-from stages.model.policy import nf4_layer
 from tests.random_gpt_oss import write_checkpoint
 from tests.test_engine import make_policy, prompt_of
 
@@ -20,12 +18,7 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="needs Triton's interp
 @pytest.mark.parametrize(("experts", "dense"), [("mxfp4", "full"), ("dequantized", "nf4")])
 def test_the_step_samples_what_the_cpu_engine_samples(tmp_path: Path, experts: str, dense: str) -> None:
     small = write_checkpoint(tmp_path, num_hidden_layers=2, intermediate_size=64)
-    policy = make_policy(small, experts=experts)
-    if dense == "nf4":
-        for layer in policy.model.model.layers:
-            for name in ATTENTION_TARGETS:
-                adapted = getattr(layer.self_attn, name)
-                adapted.base_layer = nf4_layer(adapted.base_layer)
+    policy = make_policy(small, experts=experts, dense=dense)
     requests = [
         Request(
             completion_id=str(index),

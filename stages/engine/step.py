@@ -34,6 +34,7 @@ from stages.kernels.packed_experts import (
 from stages.kernels.prefill_attention import PackedDocs, prefill_attention
 from stages.kernels.routing import route, router_logits
 from stages.model.experts import Experts, PackedWeight
+from stages.model.nf4 import unembed
 from stages.model.policy import Policy
 
 RANK_TILE = 16  # the experts' LoRA rank is padded with zeros to a multiple of this
@@ -117,7 +118,7 @@ class Step:
             )
             normed = self._add_norm(layer, residual, layer.o(attended))
             normed = self._experts_and_norm(layer, normed, residual, self.norms[index + 1])
-        return linear(normed, self.policy.model.lm_head.weight, dtype=torch.float32)
+        return unembed(self.policy.model.lm_head, normed)
 
     @torch.no_grad()
     def prefill(
@@ -157,7 +158,7 @@ class Step:
             residual += layer.experts_prefill(normed, self.top_k)
             normed = self._norm(residual, self.norms[index + 1])
         last = normed[torch.tensor(ends, device=ids.device) - 1]
-        return linear(last, self.policy.model.lm_head.weight, dtype=torch.float32)
+        return unembed(self.policy.model.lm_head, last)
 
     def _norm(self, stream: Tensor, weight: Tensor) -> Tensor:
         scaled = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + self.eps)

@@ -173,20 +173,23 @@ def experts_prefill(hidden: Tensor, indices: Tensor, weights: Tensor, experts: P
 
 
 def dequantize(
-    relaid: Relaid, dtype: torch.dtype, *, experts: slice | None = None, stored_order: bool = False
+    relaid: Relaid, dtype: torch.dtype, *, experts: slice | None = None, stored_order: bool = False, room: int = 0
 ) -> Tensor:
-    """The matrices [E, M, K], or those of some experts, in the checkpoint's order of rows unless stored_order."""
+    """The matrices [E, M, K + room], or those of some experts, in the checkpoint's order of rows unless stored_order.
+
+    The last `room` columns are not written.
+    """
     from stages.kernels.triton_experts import dequantize_kernel
 
     words, scales = relaid.words, relaid.scales
     if experts is not None:
         words, scales = words[experts], scales[experts]
     _, rows, inputs = relaid.shape
-    out = torch.empty(words.shape[0], rows, inputs, dtype=dtype, device=words.device)
+    out = torch.empty(words.shape[0], rows, inputs + room, dtype=dtype, device=words.device)
     blocks = inputs // 256 + inputs % 256 // 64
     dequantize_kernel[(words.shape[0] * rows // ROWS, blocks)](
-        words, scales, out, K=inputs, M=rows, INTERLEAVED=relaid.interleaved and not stored_order, ASM=asm(out),
-        num_warps=1,
+        words, scales, out, inputs + room, K=inputs, M=rows,
+        INTERLEAVED=relaid.interleaved and not stored_order, ASM=asm(out), num_warps=1,
     )  # fmt: skip
     return out
 
@@ -224,7 +227,16 @@ def _biased_swiglu(inner: Tensor, experts: PackedExperts, owner: Tensor) -> Tens
     num_rows, width = inner.shape
     out = inner.new_empty(num_rows, width // 2)
     swiglu_kernel[(num_rows, -(-width // 2048))](
-        inner, experts.gate_up_bias, owner, out, experts.alpha, experts.limit, M=width, BLOCK=1024, num_warps=4
+        inner,
+        experts.gate_up_bias,
+        owner,
+        out,
+        width // 2,
+        experts.alpha,
+        experts.limit,
+        M=width,
+        BLOCK=1024,
+        num_warps=4,
     )
     return out
 

@@ -332,7 +332,7 @@ def down_kernel(
 
 
 @triton.jit
-def swiglu_kernel(inner, bias, owner, out, alpha, limit, M: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(inner, bias, owner, out, out_stride, alpha, limit, M: tl.constexpr, BLOCK: tl.constexpr):
     """SwiGLU [n, M / 2] of inner [n, M] + bias float32 [E, M][owner], rows as stored. Grid (n, M / 2 / BLOCK)."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -343,7 +343,69 @@ def swiglu_kernel(inner, bias, owner, out, alpha, limit, M: tl.constexpr, BLOCK:
     gate = tl.load(values, mask=inside, other=0.0).to(tl.float32) + tl.load(biases, mask=inside, other=0.0)
     up = tl.load(values + 8, mask=inside, other=0.0).to(tl.float32) + tl.load(biases + 8, mask=inside, other=0.0)
     activation = _swiglu(gate, up, alpha, limit)
-    tl.store(out + row * (M // 2) + channel, activation.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + channel, activation.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    inner, bias, owner, grad, grad_stride, routing, out, out_stride, grad_out, down_bias, grad_routing, alpha, limit,
+    M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a row: SwiGLU, the gradient of inner, in its place, and the gradient of the row's routing weight. Grid (n,).
+
+    grad [n, M / 2]: of SwiGLU's output before it is weighted by routing float32 [n]; grad_out [n, D]: of the experts'
+    weighted sum; down_bias float32 [E, D].
+    """
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.load(owner + row).to(tl.int64)
+    weight = tl.load(routing + row)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, M // 2, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        inside = channel < M // 2
+        at = channel // 8 * 16 + channel % 8
+        values = inner + row * M + at
+        biases = bias + expert * M + at
+        gate = tl.load(values, mask=inside, other=0.0).to(tl.float32) + tl.load(biases, mask=inside, other=0.0)
+        up = tl.load(values + 8, mask=inside, other=0.0).to(tl.float32) + tl.load(biases + 8, mask=inside, other=0.0)
+        given = tl.load(grad + row * grad_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        clamped = tl.minimum(gate, limit)
+        upper = tl.maximum(tl.minimum(up, limit), -limit) + 1.0
+        share = 1.0 / (1.0 + tl.exp(-alpha * clamped))
+        swish = clamped * share
+        activation = upper * swish
+        total += activation * given
+        tl.store(out + row * out_stride + channel, activation.to(out.dtype.element_ty), mask=inside)
+        given *= weight
+        of_gate = given * upper * (share + alpha * swish * (1.0 - share))
+        of_up = given * swish
+        of_gate = tl.where(gate <= limit, of_gate, 0.0)
+        of_up = tl.where((up <= limit) & (up >= -limit), of_up, 0.0)
+        tl.store(values, of_gate.to(inner.dtype.element_ty), mask=inside)
+        tl.store(values + 8, of_up.to(inner.dtype.element_ty), mask=inside)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        of_sum = tl.load(grad_out + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        total += of_sum * tl.load(down_bias + expert * D + d, mask=d < D, other=0.0)
+    tl.store(grad_routing + row, tl.sum(total, axis=0))
+
+
+@triton.jit
+def combine_kernel(outputs, indices, routing, bias, out, D: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr):
+    """out float32 [N, D] = sum over a token's choices of routing * (outputs + bias), in their order.
+
+    outputs [N * TOPK, D]; indices int64, routing float32 [N, TOPK]; bias float32 [E, D]. Grid (N, D / BLOCK).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < D
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOPK):
+        at = row * TOPK + choice
+        value = tl.load(outputs + at * D + d, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(bias + tl.load(indices + at) * D + d, mask=inside, other=0.0)
+        total += value * tl.load(routing + at)
+    tl.store(out + row * D + d, total, mask=inside)
 
 
 @triton.jit
@@ -390,7 +452,7 @@ def _store_four(where, w0, w1, w2, w3, width: tl.constexpr):
 
 @triton.jit
 def dequantize_kernel(
-    words, scales, out, K: tl.constexpr, M: tl.constexpr, INTERLEAVED: tl.constexpr, ASM: tl.constexpr
+    words, scales, out, row_stride, K: tl.constexpr, M: tl.constexpr, INTERLEAVED: tl.constexpr, ASM: tl.constexpr
 ):
     """The matrices [E, M, K] themselves, in the checkpoint's order of rows. Grid (E * M / 16, blocks)."""
     tile = tl.program_id(0).to(tl.int64)
@@ -398,7 +460,7 @@ def dequantize_kernel(
     whole: tl.constexpr = K // 256
     stored = tl.arange(0, 16)
     row = stored % 8 * 2 + stored // 8 if INTERLEAVED else stored
-    where = out + (tile * 16 + row[:, None]) * K
+    where = out + (tile * 16 + row[:, None]) * row_stride
     if block < whole:
         w0, w1, w2, w3 = _load_256(
             words + tile * 4 * K + block * 1024, scales + tile * (K // 8) + block * 32, 0, 0, 1, ASM

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stages.kernels.experts import Lora, experts, experts_fixed_shape
 from stages.kernels.packed_experts import Relaid
 from stages.kernels.packed_experts import dequantize as dequantize_relaid
+from stages.kernels.trained_experts import FrozenExperts, frozen_experts, trained_experts
 from stages.model.mxfp4 import Mxfp4, dequantize
 from stages.model.mxfp4_layout import fits, relay
 
@@ -102,6 +103,7 @@ class Experts(nn.Module):
         self.gate_up_lora: ExpertLora | None = None
         self.down_lora: ExpertLora | None = None
         self.adapter_enabled = True
+        self._frozen: FrozenExperts | None = None  # the weights as training reads them, once it has
         self.fixed_shape = False  # the engine's decode on the CPU sets it, see kernels/experts.py
         # Older configs (transformers 5.17) leave the two numbers to the model's code.
         self.alpha = float(getattr(config, "swiglu_alpha", 1.702))
@@ -119,8 +121,41 @@ class Experts(nn.Module):
         finally:
             self.fixed_shape = fixed_shape
 
+    def trained(self, hidden: Tensor, indices: Tensor, weights: Tensor, *, only_backward: bool = False) -> Tensor:
+        """As `forward`, for training: [N, D], float32 where the weights are in the kernels' order."""
+        if not (isinstance(self.gate_up, PackedWeight) and self.gate_up.in_kernel_order):
+            return self.forward(hidden, indices, weights)
+        assert isinstance(self.down, PackedWeight)
+        if self._frozen is None:
+            gate_up, down = self.gate_up.relaid(), self.down.relaid()
+            assert gate_up is not None
+            assert down is not None
+            self._frozen = frozen_experts(
+                gate_up,
+                down,
+                gate_up_bias=self.gate_up.bias,
+                down_bias=self.down.bias,
+                alpha=self.alpha,
+                limit=self.limit,
+            )
+        gate_up_lora, down_lora = self._loras()
+        return trained_experts(
+            hidden,
+            indices,
+            weights,
+            self._frozen,
+            gate_up_lora=gate_up_lora,
+            down_lora=down_lora,
+            only_backward=only_backward,
+        )
+
+    def _loras(self) -> tuple[Lora | None, Lora | None]:
+        if not self.adapter_enabled or self.gate_up_lora is None or self.down_lora is None:
+            return None, None
+        return self.gate_up_lora.factors(), self.down_lora.factors()
+
     def forward(self, hidden: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
-        use_lora = self.adapter_enabled and self.gate_up_lora is not None and self.down_lora is not None
+        gate_up_lora, down_lora = self._loras()
         compute = experts_fixed_shape if self.fixed_shape else experts
         return compute(
             hidden,
@@ -128,8 +163,8 @@ class Experts(nn.Module):
             routing_weights,
             gate_up=self.gate_up,
             down=self.down,
-            gate_up_lora=self.gate_up_lora.factors() if use_lora and self.gate_up_lora else None,
-            down_lora=self.down_lora.factors() if use_lora and self.down_lora else None,
+            gate_up_lora=gate_up_lora,
+            down_lora=down_lora,
             alpha=self.alpha,
             limit=self.limit,
         )

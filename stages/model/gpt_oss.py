@@ -17,6 +17,7 @@ from stages.kernels.attention import sink_attention
 from stages.model.checkpoint import Checkpoint
 from stages.model.experts import DenseWeight, Experts, PackedWeight
 from stages.model.mxfp4 import Mxfp4, dequantize
+from stages.model.nf4 import Nf4Head, nf4_layer
 
 ATTENTION_NAME = "flexsink"
 STACKS = ("gate_up_proj", "down_proj")
@@ -62,11 +63,25 @@ class Router(GptOssTopKRouter):
 
 
 def build(
-    checkpoint: Checkpoint, *, experts: str, dtype: torch.dtype, device: torch.device | str = "cpu", lora_rank: int = 0
+    checkpoint: Checkpoint,
+    *,
+    experts: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    lora_rank: int = 0,
+    dense: str = "full",
+    offload_embedding: bool = False,
 ) -> GptOssForCausalLM:
     """The checkpoint's model, as `assemble` makes it."""
     return assemble(
-        checkpoint.config, checkpoint.tensors(), experts=experts, dtype=dtype, device=device, lora_rank=lora_rank
+        checkpoint.config,
+        checkpoint.tensors(),
+        experts=experts,
+        dtype=dtype,
+        device=device,
+        lora_rank=lora_rank,
+        dense=dense,
+        offload_embedding=offload_embedding,
     )
 
 
@@ -78,11 +93,14 @@ def assemble(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     lora_rank: int = 0,
+    dense: str = "full",
+    offload_embedding: bool = False,
 ) -> GptOssForCausalLM:
     """The model of these named tensors in eval mode; every parameter is frozen. A tensor that is on `device` and of the
     right type already is taken as it is.
 
     experts: "mxfp4" keeps blocks and scales, "dequantized" unpacks them to `dtype`. Dense experts stay dense in both.
+    dense: "nf4" packs the attention projections and the unembedding. offload_embedding leaves the embedding on the CPU.
     Norms stay float32 in every dtype, as transformers keeps them.
     """
     config._attn_implementation = ATTENTION_NAME
@@ -96,7 +114,11 @@ def assemble(
         layer, _, part = name.partition(".mlp.experts.")
         if not part:
             owner, _, attribute = name.rpartition(".")
-            value = tensor.to(device, torch.float32 if name.endswith(NORMS) else dtype)
+            stays = offload_embedding and name == "model.embed_tokens.weight"
+            value = tensor.to("cpu" if stays else device, torch.float32 if name.endswith(NORMS) else dtype)
+            if dense == "nf4" and name.endswith(("_proj.weight", "lm_head.weight")):
+                _set_nf4(model, owner, value)
+                continue
             if name.endswith("_proj.weight") and value.is_cuda:
                 value = _placed(
                     model.get_submodule(owner.rpartition(".")[0]), owner.rpartition(".")[2], value, lora_rank
@@ -112,6 +134,20 @@ def assemble(
     remaining = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not remaining, f"never loaded: {remaining}"
     return model.eval()
+
+
+def _set_nf4(model: GptOssForCausalLM, name: str, weight: Tensor) -> None:
+    """Replaces the linear layer `name` by its NF4, made of this weight; a bias that has been read is kept."""
+    if name == "lm_head":
+        model.lm_head = Nf4Head(weight)
+        return
+    linear: Any = model.get_submodule(name)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    bias, linear.bias = linear.bias, None  # not to be moved while it is not there yet
+    packed: Any = nf4_layer(linear)
+    packed.bias = bias
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, packed)
 
 
 def _placed(attention: nn.Module, name: str, weight: Tensor, lora_rank: int) -> Tensor:

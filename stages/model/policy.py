@@ -50,8 +50,8 @@ class Policy:
         self.source, self.checkpoint_digests = source, checkpoint_digests
         self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
         self._seed = derive("lora", seed)
-        self.device = model.lm_head.weight.device
-        self.dtype = model.lm_head.weight.dtype
+        sinks: Any = model.model.layers[0].self_attn.sinks
+        self.device, self.dtype = sinks.device, sinks.dtype
         lora.add_lora(model, rank=lora_rank, alpha=lora_alpha, dtype=torch.float32, seed=self._seed)
 
     @classmethod
@@ -77,11 +77,9 @@ class Policy:
             dtype=TORCH_DTYPES[config.dtype],
             device=device,
             lora_rank=lora_rank,
+            dense=config.dense,
+            offload_embedding=config.offload_embedding,
         )
-        if config.dense == "nf4":
-            quantize_attention_to_nf4(model)
-        if config.offload_embedding:
-            model.model.embed_tokens.to("cpu")
         return cls(
             model,
             tokenizer,
@@ -154,25 +152,6 @@ class Policy:
         adapter = {id(parameter) for _, parameter in self.parameters()}
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(tensor.nbytes for tensor in tensors if id(tensor) not in adapter)
-
-
-def quantize_attention_to_nf4(model: "GptOssForCausalLM") -> None:
-    """Replaces the attention projections by NF4 layers."""
-    for layer in model.model.layers:
-        for target in lora.ATTENTION_TARGETS:
-            setattr(layer.self_attn, target, nf4_layer(getattr(layer.self_attn, target)))
-
-
-def nf4_layer(dense: nn.Linear) -> nn.Module:
-    """The linear layer as bitsandbytes' NF4 (Dettmers et al. 2023); the bias stays as it is."""
-    import bitsandbytes as bnb
-
-    packed = bnb.nn.Linear4bit(
-        dense.in_features, dense.out_features, compute_dtype=dense.weight.dtype, quant_type="nf4"
-    )
-    packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
-    packed.bias = dense.bias
-    return packed.to(dense.weight.device)
 
 
 def open_policy(context: StageContext) -> Policy:

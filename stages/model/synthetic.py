@@ -56,6 +56,8 @@ def synthetic_policy(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str,
     seed: int = 0,
+    dense: str = "full",
+    offload_embedding: bool = False,
 ) -> Policy:
     """A random model of `shape` on `device`, the same for equal arguments on equal devices.
 
@@ -71,7 +73,16 @@ def synthetic_policy(
     config = shape.config()
     drawn = random_tensors(config, dtype=dtype, generator=generator)
     policy = Policy(
-        assemble(config, drawn, experts="mxfp4", dtype=dtype, device=device, lora_rank=lora_rank),
+        assemble(
+            config,
+            drawn,
+            experts="mxfp4",
+            dtype=dtype,
+            device=device,
+            lora_rank=lora_rank,
+            dense=dense,
+            offload_embedding=offload_embedding,
+        ),
         cast("PreTrainedTokenizerBase", StandInTokenizer(shape)),
         lora_rank=lora_rank,
         lora_alpha=LORA_ALPHA_PER_RANK * lora_rank,

@@ -1,0 +1,312 @@
+"""Mixture of experts for training, straight from MXFP4: forward, and the gradients of the input, of the routing weights
+and of factored LoRA. The frozen weights have none.
+
+Tokens are taken ROWS at a time and experts AT_ONCE at a time; only those experts' matrices are unpacked, and unpacked
+again in backward. Of a layer nothing is kept but its input: backward computes gate_up again, and of down only what
+leads back, since a routing weight's gradient is that of SwiGLU's output times that output. LoRA rides in the frozen
+product: B stands in further columns of the unpacked matrix, A x in further columns of its rows, so that both sums are
+one, in float32.
+
+Shapes as in the package's docstring, n rows of assigned tokens, R LoRA rank filled up to a multiple of 8.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stages.kernels.experts import Lora
+from stages.kernels.packed_experts import Relaid, dequantize, stored_rows
+
+ROWS = 16_384  # tokens at once: 131 072 tokens' inner activations would be 6 GB
+AT_ONCE = 8  # experts at once: 0.4 GB of gpt-oss-20b's matrices in 16 bits
+RANK_TILE = 8  # columns of 16 bytes, which grouped products need
+
+
+class FrozenExperts(NamedTuple):
+    """One layer's weights. The biases float32 [E, M]; gate_up's is in the order of the stored rows."""
+
+    gate_up: Relaid
+    down: Relaid
+    gate_up_bias: Tensor
+    down_bias: Tensor
+    alpha: float
+    limit: float
+
+
+def frozen_experts(
+    gate_up: Relaid, down: Relaid, *, gate_up_bias: Tensor, down_bias: Tensor, alpha: float, limit: float
+) -> FrozenExperts:
+    """The weights, with biases [E, M] in the checkpoint's order."""
+    rows = stored_rows(gate_up.shape[1], interleaved=gate_up.interleaved, device=gate_up_bias.device)
+    return FrozenExperts(
+        gate_up, down, gate_up_bias[:, rows].float().contiguous(), down_bias.float().contiguous(), alpha, limit
+    )
+
+
+def trained_experts(
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    frozen: FrozenExperts,
+    *,
+    gate_up_lora: Lora | None,
+    down_lora: Lora | None,
+    only_backward: bool = False,
+) -> Tensor:
+    """The weighted sum float32 [N, D] of each token's chosen experts.
+
+    hidden [N, D] in the compute dtype; indices int64 [N, k]; weights float32 [N, k]; either both LoRAs or none.
+    only_backward: the result is not computed, its memory not written; for a checkpointed layer, whose backward needs
+    the graph alone.
+    """
+    factors: tuple[Tensor | None, ...] = (None, None, None, None)
+    scales = (0.0, 0.0)
+    if gate_up_lora is not None and down_lora is not None:
+        factors = (gate_up_lora.a, gate_up_lora.b, down_lora.a, down_lora.b)
+        scales = (gate_up_lora.scale, down_lora.scale)
+    hidden, indices, weights = hidden.contiguous(), indices.contiguous(), weights.contiguous()
+    out: Tensor = _TrainedExperts.apply(hidden, indices, weights, frozen, scales, only_backward, *factors)
+    return out
+
+
+class _TrainedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, indices, weights, frozen, scales, only_backward, *factors):
+        ctx.save_for_backward(hidden, indices, weights, *factors)
+        ctx.frozen, ctx.scales = frozen, scales
+        out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+        if not only_backward:
+            layer = _Layer(frozen, scales, factors, hidden.dtype)
+            for rows in _tiles(hidden.shape[0]):
+                layer.forward(hidden[rows], indices[rows], weights[rows], out[rows])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, indices, weights, *factors = ctx.saved_tensors
+        layer = _Layer(ctx.frozen, ctx.scales, tuple(factors), hidden.dtype)
+        grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(weights)
+        for rows in _tiles(hidden.shape[0]):
+            layer.backward(
+                hidden[rows], indices[rows], weights[rows], grad[rows], grad_hidden[rows], grad_weights[rows]
+            )
+        return grad_hidden, None, grad_weights, None, None, None, *layer.factor_grads()
+
+
+class _Chunk(NamedTuple):
+    """The assignments of a tile's tokens to some experts, sorted by expert."""
+
+    experts: slice
+    assigned: Tensor  # int64 [n], token * k + choice
+    owner: Tensor  # int64 [n], the expert
+    counts: list[int]  # of each of these experts
+    ends: Tensor  # int32, on the device: where each one's rows end
+
+
+class _Projection:
+    """A stack of frozen matrices [E, M, K] and its LoRA, as the products of some experts take them."""
+
+    def __init__(self, weight: Relaid, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype) -> None:
+        self.weight, self.dtype, self.scale = weight, dtype, scale
+        _, self.outputs, self.inputs = weight.shape
+        self.a, self.b = a, b
+        self.rank = 0 if a is None else a.shape[1]
+        self.room = -(-self.rank // RANK_TILE) * RANK_TILE
+        self.rows = None
+        if a is not None and b is not None:
+            if weight.interleaved:
+                self.rows = stored_rows(self.outputs, interleaved=True, device=b.device)
+            self.grad_a = torch.zeros(a.shape, dtype=torch.float32, device=a.device)
+            self.grad_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
+
+    def matrices(self, experts: slice) -> Tensor:
+        """[G, M, K + R] as stored: W and scale * B."""
+        out = dequantize(self.weight, self.dtype, experts=experts, stored_order=True, room=self.room)
+        if self.b is not None:
+            factor = self.b[experts] if self.rows is None else self.b[experts][:, self.rows]
+            out[:, :, self.inputs + self.rank :] = 0
+            out[:, :, self.inputs : self.inputs + self.rank] = factor * self.scale
+        return out
+
+    def first_factors(self, experts: slice) -> Tensor:
+        """A [G, R, K], zeros in the rows past the rank."""
+        assert self.a is not None
+        some = self.a[experts].to(self.dtype)
+        return some if self.room == self.rank else F.pad(some, (0, 0, 0, self.room - self.rank))
+
+    def extend(self, rows: Tensor, chunk: _Chunk) -> None:
+        """Writes A x beside rows x, [n, K + R]."""
+        if self.room:
+            rows[:, self.inputs :] = _grouped(rows[:, : self.inputs], self.first_factors(chunk.experts), chunk)
+
+    def add_grads(self, rows: Tensor, grad_out: Tensor, grad_inner: Tensor, chunk: _Chunk) -> None:
+        """Adds to the factors' gradients: of rows [n, K + R], grad_out [n, M] as stored and grad_inner [n, R]."""
+        some, rank = chunk.experts, self.rank
+        self.grad_a[some] += _outer(grad_inner, rows[:, : self.inputs], chunk)[:, :rank]
+        of_b = _outer(grad_out, rows[:, self.inputs :], chunk)[..., :rank].float() * self.scale
+        if self.rows is None:
+            self.grad_b[some] += of_b
+        else:
+            self.grad_b[some, self.rows] += of_b
+
+
+class _Layer:
+    """The layer's computation on tiles of tokens; gathers the factors' gradients."""
+
+    def __init__(
+        self, frozen: FrozenExperts, scales: tuple[float, float], factors: tuple[Any, ...], dtype: torch.dtype
+    ) -> None:
+        self.frozen, self.dtype = frozen, dtype
+        a1, b1, a2, b2 = factors
+        self.gate_up = _Projection(frozen.gate_up, a1, b1, scales[0], dtype)
+        self.down = _Projection(frozen.down, a2, b2, scales[1], dtype)
+        self.factors = factors
+
+    def factor_grads(self) -> tuple[Tensor | None, ...]:
+        if self.factors[0] is None:
+            return (None,) * 4
+        grads = (self.gate_up.grad_a, self.gate_up.grad_b, self.down.grad_a, self.down.grad_b)
+        return tuple(grad.to(factor.dtype) for grad, factor in zip(grads, self.factors, strict=True))
+
+    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Writes out float32 [N, D]."""
+        from stages.kernels.triton_experts import combine_kernel
+
+        top_k, width = indices.shape[1], out.shape[1]
+        outputs = hidden.new_empty(indices.numel(), width)
+        for chunk in _chunks(indices, self.gate_up.weight.shape[0]):
+            rows = self._rows(hidden, chunk, top_k)
+            inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
+            del rows
+            activations = self._swiglu(inner, chunk)
+            del inner
+            outputs[chunk.assigned] = _grouped(activations, self.down.matrices(chunk.experts), chunk)
+        combine_kernel[(out.shape[0], -(-width // 1024))](
+            outputs, indices, weights, self.frozen.down_bias, out, D=width, TOPK=top_k, BLOCK=1024, num_warps=4
+        )
+
+    def backward(
+        self, hidden: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, grad_hidden: Tensor, grad_weights: Tensor
+    ) -> None:
+        """Writes grad_hidden [N, D] and grad_weights [N, k]; adds to the factors' gradients."""
+        top_k = indices.shape[1]
+        grad = grad.to(self.dtype).contiguous()
+        grads = hidden.new_empty(indices.numel(), hidden.shape[1])
+        of_routing = grad_weights.view(-1)
+        for chunk in _chunks(indices, self.gate_up.weight.shape[0]):
+            routing = weights.reshape(-1)[chunk.assigned]
+            of_out = grad[chunk.assigned // top_k]
+            of_activations = _grouped_back(of_out, self.down.matrices(chunk.experts), chunk)
+            of_second = of_activations[:, self.down.inputs :]  # of A x, [n, R]
+            of_activations = self._through_first_factors(self.down, of_activations, chunk)
+            rows = self._rows(hidden, chunk, top_k)
+            matrices = self.gate_up.matrices(chunk.experts)
+            inner = _grouped(rows, matrices, chunk)
+            activations = self._swiglu_backward(inner, of_activations, of_out, routing, of_routing, chunk)
+            if self.down.room:
+                self.down.extend(activations, chunk)
+                activations[:, self.down.inputs :] *= routing[:, None]
+                self.down.add_grads(activations, of_out, of_second * routing[:, None].to(of_second.dtype), chunk)
+            del activations, of_activations, of_out
+            of_rows = _grouped_back(inner, matrices, chunk)
+            del matrices
+            if self.gate_up.room:
+                self.gate_up.add_grads(rows, inner, of_rows[:, self.gate_up.inputs :], chunk)
+            del rows, inner
+            grads[chunk.assigned] = self._through_first_factors(self.gate_up, of_rows, chunk)
+        grad_hidden.copy_(grads.view(-1, top_k, grads.shape[1]).sum(1))
+
+    def _rows(self, hidden: Tensor, chunk: _Chunk, top_k: int) -> Tensor:
+        """The chunk's tokens [n, D + R], A x beside them."""
+        rows = hidden.new_empty(len(chunk.assigned), self.gate_up.inputs + self.gate_up.room)
+        rows[:, : self.gate_up.inputs] = hidden[chunk.assigned // top_k]
+        self.gate_up.extend(rows, chunk)
+        return rows
+
+    def _swiglu(self, inner: Tensor, chunk: _Chunk) -> Tensor:
+        """[n, F + R] of inner [n, 2F]."""
+        from stages.kernels.triton_experts import swiglu_kernel
+
+        out = self._activations(inner)
+        swiglu_kernel[(inner.shape[0], -(-self.down.inputs // 1024))](
+            inner, self.frozen.gate_up_bias, chunk.owner, out, out.shape[1], self.frozen.alpha, self.frozen.limit,
+            M=inner.shape[1], BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        self.down.extend(out, chunk)
+        return out
+
+    def _swiglu_backward(
+        self, inner: Tensor, grad: Tensor, grad_out: Tensor, routing: Tensor, of_routing: Tensor, chunk: _Chunk
+    ) -> Tensor:
+        """SwiGLU's output [n, F + R], of whose last columns nothing is written; `inner` becomes its own gradient."""
+        from stages.kernels.triton_experts import swiglu_backward_kernel
+
+        out = self._activations(inner)
+        found = torch.empty_like(routing)
+        swiglu_backward_kernel[(inner.shape[0],)](
+            inner, self.frozen.gate_up_bias, chunk.owner, grad, grad.stride(0), routing, out, out.shape[1], grad_out,
+            self.frozen.down_bias, found, self.frozen.alpha, self.frozen.limit,
+            M=inner.shape[1], D=grad_out.shape[1], BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        of_routing[chunk.assigned] = found
+        return out
+
+    def _activations(self, inner: Tensor) -> Tensor:
+        return inner.new_empty(inner.shape[0], self.down.inputs + self.down.room)
+
+    def _through_first_factors(self, projection: _Projection, grad: Tensor, chunk: _Chunk) -> Tensor:
+        """The gradient [n, K] of rows, of that of rows and A x side by side."""
+        plain = grad[:, : projection.inputs]
+        if not projection.room:
+            return plain
+        inner = grad[:, projection.inputs :]
+        return plain.add_(_grouped_back(inner, projection.first_factors(chunk.experts), chunk))
+
+
+def _tiles(num_rows: int) -> list[slice]:
+    return [slice(start, min(start + ROWS, num_rows)) for start in range(0, num_rows, ROWS)]
+
+
+def _chunks(indices: Tensor, num_experts: int) -> Iterator[_Chunk]:
+    """The assignments, some experts at a time, those without tokens left out. Waits for the card once."""
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    chosen = flat[order]
+    firsts = torch.searchsorted(chosen, torch.arange(num_experts + 1, device=chosen.device))
+    all_counts = firsts.diff()
+    counts = all_counts.tolist()
+    start = 0
+    for first in range(0, num_experts, AT_ONCE):
+        experts = slice(first, min(first + AT_ONCE, num_experts))
+        stop = start + sum(counts[experts])
+        if start < stop:
+            ends = all_counts[experts].cumsum(0).to(torch.int32)
+            yield _Chunk(experts, order[start:stop], chosen[start:stop], counts[experts], ends)
+        start = stop
+
+
+def _grouped(rows: Tensor, matrices: Tensor, chunk: _Chunk) -> Tensor:
+    """rows [n, K] times the transposes of each one's matrix of [G, M, K]: [n, M]."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, matrices.mT, offs=chunk.ends)
+    return torch.cat([F.linear(some, matrix) for some, matrix in zip(rows.split(chunk.counts), matrices, strict=True)])
+
+
+def _grouped_back(rows: Tensor, matrices: Tensor, chunk: _Chunk) -> Tensor:
+    """rows [n, M] times each one's matrix of [G, M, K]: [n, K]."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, matrices, offs=chunk.ends)
+    return torch.cat([some @ matrix for some, matrix in zip(rows.split(chunk.counts), matrices, strict=True)])
+
+
+def _outer(left: Tensor, right: Tensor, chunk: _Chunk) -> Tensor:
+    """For each expert its rows' sum of outer products: [G, M, K] of left [n, M] and right [n, K]."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        found = F.grouped_mm(left.mT, right, offs=chunk.ends)
+        # What a product of no rows leaves is not said anywhere.
+        return found.masked_fill_((chunk.ends.diff(prepend=chunk.ends.new_zeros(1)) == 0)[:, None, None], 0)
+    parts = zip(left.split(chunk.counts), right.split(chunk.counts), strict=True)
+    return torch.stack([some.mT @ other for some, other in parts])

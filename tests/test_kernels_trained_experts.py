@@ -1,0 +1,134 @@
+"""Training through MXFP4 experts against float64 autograd on dequantized weights."""
+
+import pytest
+import torch
+
+from stages.kernels import reference, trained_experts
+from stages.kernels.experts import Lora
+from stages.model import mxfp4
+from stages.model.mxfp4_layout import relay
+from tests.test_kernels_experts import DEVICE, random_mxfp4
+
+pytest.importorskip("triton")
+NUM_EXPERTS, TOP_K, SCALE = 5, 2, 0.5
+
+
+def layer(width, inner, rank, *, seed=0):
+    """The frozen layer; a function hidden, weights, factors -> out in any dtype; factors float32 by name."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator) * 0.3).to(DEVICE)
+
+    gate_up = random_mxfp4(NUM_EXPERTS, 2 * inner, width, seed=seed)
+    down = random_mxfp4(NUM_EXPERTS, width, inner, seed=seed + 1)
+    biases = draw(NUM_EXPERTS, 2 * inner), draw(NUM_EXPERTS, width)
+    frozen = trained_experts.frozen_experts(
+        relay(gate_up, interleaved=True),
+        relay(down, interleaved=False),
+        gate_up_bias=biases[0],
+        down_bias=biases[1],
+        alpha=1.702,
+        limit=7.0,
+    )
+    sizes = ((rank, width), (2 * inner, rank), (rank, inner), (width, rank))
+    factors = [draw(NUM_EXPERTS, *size) for size in sizes] if rank else []
+
+    def oracle(hidden, indices, weights, factors):
+        dtype = hidden.dtype
+        dense = [mxfp4.dequantize(*weight, dtype).mT for weight in (gate_up, down)]
+        if factors:
+            a1, b1, a2, b2 = factors
+            dense = [dense[0] + SCALE * (b1 @ a1).mT, dense[1] + SCALE * (b2 @ a2).mT]
+        return reference.experts(
+            hidden, indices, weights, gate_up=dense[0], down=dense[1], gate_up_bias=biases[0].to(dtype),
+            down_bias=biases[1].to(dtype), alpha=1.702, limit=7.0,
+        )  # fmt: skip
+
+    return frozen, oracle, factors
+
+
+def ours(frozen):
+    def compute(hidden, indices, weights, factors):
+        loras = (Lora(factors[0], factors[1], SCALE), Lora(factors[2], factors[3], SCALE)) if factors else (None, None)
+        return trained_experts.trained_experts(
+            hidden, indices, weights, frozen, gate_up_lora=loras[0], down_lora=loras[1]
+        )
+
+    return compute
+
+
+def tokens(num_rows, width, *, experts=NUM_EXPERTS):
+    """Hidden, indices, weights and a gradient; only the first `experts` are chosen."""
+    generator = torch.Generator().manual_seed(num_rows)
+    scores = torch.rand(num_rows, experts, generator=generator)
+    indices = scores.argsort(-1)[:, :TOP_K]
+    weights = torch.rand(num_rows, TOP_K, generator=generator).softmax(-1)
+    hidden, grad = torch.randn(2, num_rows, width, generator=generator)
+    return hidden.to(DEVICE), indices.to(DEVICE), weights.to(DEVICE), grad.to(DEVICE)
+
+
+def values_and_grads(compute, hidden, indices, weights, factors, grad, dtype, weights_dtype=None):
+    """The output, and the gradients of hidden, weights and the factors."""
+    leaves = [hidden.to(dtype), weights.to(weights_dtype or dtype), *(factor.to(dtype) for factor in factors)]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = compute(leaves[0], indices, leaves[1], leaves[2:])
+    return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "inner", "rank", "experts"),
+    [(20, 64, 64, 0, 5), (20, 128, 64, 6, 4), (1, 64, 64, 4, 2)],
+)
+def test_output_and_gradients_equal_float64_autograd(rows, width, inner, rank, experts, monkeypatch):
+    frozen, oracle, factors = layer(width, inner, rank)
+    given = tokens(rows, width, experts=experts)
+    expected = values_and_grads(oracle, *given[:3], factors, given[3], torch.float64)
+    monkeypatch.setattr(trained_experts, "ROWS", 12)
+    monkeypatch.setattr(trained_experts, "AT_ONCE", 3)
+    found = values_and_grads(ours(frozen), *given[:3], factors, given[3], torch.float32)
+    assert len(found) == len(expected) == (7 if rank else 3)
+    for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max(), index
+
+
+def test_gates_and_ups_beyond_the_limit_have_no_gradient():
+    frozen, oracle, factors = layer(64, 64, 4)
+    hidden, indices, weights, grad = tokens(6, 64)
+    given = (8 * hidden, indices, weights)
+    expected = values_and_grads(oracle, *given, factors, grad, torch.float64)
+    found = values_and_grads(ours(frozen), *given, factors, grad, torch.float32)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_without_its_forward_the_gradients_are_the_same():
+    frozen, _, factors = layer(64, 64, 4)
+    hidden, indices, weights, grad = tokens(8, 64)
+    leaves = [factor.requires_grad_() for factor in factors]
+    loras = Lora(leaves[0], leaves[1], SCALE), Lora(leaves[2], leaves[3], SCALE)
+    grads = []
+    for only_backward in (False, True):
+        out = trained_experts.trained_experts(
+            hidden, indices, weights, frozen, gate_up_lora=loras[0], down_lora=loras[1], only_backward=only_backward
+        )
+        grads.append(torch.autograd.grad(out, leaves, grad))
+    for whole, backward in zip(*grads, strict=True):
+        assert torch.equal(whole, backward)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="grouped products in bfloat16 are a card's")
+@pytest.mark.parametrize("experts", [5, 3])
+def test_bfloat16_errs_no_more_than_twice_what_plain_bfloat16_does(experts):
+    frozen, oracle, factors = layer(576, 320, 16)
+    hidden, indices, weights, grad = tokens(200, 576, experts=experts)
+    factors = [factor.bfloat16().float() for factor in factors]
+    hidden, grad = hidden.bfloat16().float(), grad.bfloat16().float()
+    expected = values_and_grads(oracle, hidden, indices, weights, factors, grad, torch.float64)
+    plain = values_and_grads(oracle, hidden, indices, weights, factors, grad, torch.bfloat16)
+    found = values_and_grads(
+        ours(frozen), hidden, indices, weights, factors, grad, torch.bfloat16, weights_dtype=torch.float32
+    )
+    for index, (mine, low, exact) in enumerate(zip(found, plain, expected, strict=True)):
+        assert (mine - exact).norm() <= 2 * (low - exact).norm(), index
