@@ -67,6 +67,12 @@ def resolved(config: RunConfig) -> RunConfig:
             f"steps.runner=docker judges in Docker's sandboxes, not with sandbox.backend={config.sandbox.backend}",
             "leave sandbox.backend as it is, or use steps.runner=process",
         )
+    if config.update.overlong_tokens > config.rollout.max_new_tokens:
+        raise UserError(
+            f"update.overlong_tokens={config.update.overlong_tokens} is more than rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens}: no completion could escape the penalty",
+            f"for example update.overlong_tokens={config.rollout.max_new_tokens // 5}",
+        )
     task = registry.get(config.task.name, config.task.option_values())
     registry.check(config.task.name, config.task.option_values())
     options = tuple(dataclasses.asdict(task.options).items())

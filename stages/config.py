@@ -72,8 +72,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    loss: Literal["grpo"] = "grpo"
-    # a name in stages/grpo.py
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = "grpo"
+    # a row of LOSSES in stages/grpo.py
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
+    # whose standard deviation advantages are divided by; auto is none for dr_grpo and group for the others
+    overlong_tokens: int = 0
+    # over the last so many tokens before max_new_tokens a completion's reward falls by up to 1; 0 is no penalty
     learning_rate: float = 5e-5
     # per optimizer step, after warm-up
     schedule_steps: int = 0
@@ -82,8 +86,14 @@ class UpdateConfig:
     # optimizer steps of linear warm-up
     kl: float = 0.0
     # weight of the KL divergence to the policy without its adapter
-    clip: float = 0.2
-    # the ratio is clipped to 1 - clip .. 1 + clip
+    clip: float = 0.0
+    # the ratio is clipped to 1 - clip .. 1 + clip_high; 0 is the loss's own: 0.2, gspo 3e-4, cispo 1; sapo has no clip
+    clip_high: float = 0.0
+    # 0 is the loss's own: dapo 0.28, gspo 4e-4, cispo 4, the others as clip
+    correction: Literal["none", "truncated", "masked"] = "none"
+    # weighs each token by trainer / engine probability: at most the cap, or left out beyond it
+    correction_cap: float = 2.0
+    # truncated: weights are at most this; masked: tokens outside 1 / cap .. cap are left out
     steps: int = 2
     # optimizer steps per iteration
     micro_batch: int = 8
@@ -181,8 +191,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "update.learning_rate": (0.0, 1e6),
     "update.schedule_steps": (0, 10**9),
     "update.warmup_steps": (0, 10**9),
+    "update.overlong_tokens": (0, 10_000_000),
     "update.kl": (0.0, 1e6),
     "update.clip": (0.0, 1e6),
+    "update.clip_high": (0.0, 1e6),
+    "update.correction_cap": (1.0, 1e6),
     "update.steps": (1, 100_000),
     "update.micro_batch": (1, 100_000),
     "update.max_grad_norm": (0.0, 1e9),

@@ -62,6 +62,14 @@ def test_a_model_source_that_looks_like_a_number_stays_a_text() -> None:
         ("update.learning_rate=nan", "update.learning_rate must be finite", ""),
         ("update.learning_rate=fast", "update.learning_rate must be a number, not 'fast'", ""),
         ("model.offload_embedding=maybe", "must be true or false", ""),
+        (
+            "update.loss=ppo",
+            "update.loss must be one of grpo, bnpo, dr_grpo, dapo, gspo, cispo, sapo, not 'ppo'",
+            "grpo",
+        ),
+        ("update.clip=-0.1", "update.clip must be 0 to 1e+06, not -0.1", "within"),
+        ("update.correction_cap=0.5", "update.correction_cap must be 1 to 1e+06, not 0.5", "within"),
+        ("update.correction=icepop", "must be one of none, truncated, masked, not 'icepop'", "update.correction=none"),
         ("model.experts=int8", "model.experts must be one of mxfp4, dequantized, not 'int8'", "model.experts=mxfp4"),
     ],
 )
@@ -80,6 +88,7 @@ def test_a_wrong_override_says_what_is_wrong_and_what_would_be_right(word: str, 
         ("task.sise=4", "unknown key task.sise of game2048"),
         ("task.size=large", "task.size is 'large'"),
         ("task.size=2", "task.size is 2"),
+        ("update.overlong_tokens=257", "update.overlong_tokens=257 is more than rollout.max_new_tokens=256"),
     ],
 )
 def test_what_a_run_cannot_be_made_of_is_refused_before_it_starts(word: str, message: str) -> None:

@@ -45,7 +45,7 @@ STAGES: dict[str, Stage] = {
     "load": Stage(1, ("model.*",), lambda _: []),
     "rollout": Stage(1, ("rollout.prompts", "rollout.group_size", *SAMPLING, "task.*", "train.seed", *ADAPTER), after),
     "score": Stage(2, JUDGING, lambda i: [StageId("rollout", i)]),
-    "update": Stage(1, ("update.*", "rollout.temperature", "train.seed"), trained_on),
+    "update": Stage(1, ("update.*", "rollout.max_new_tokens", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),
     "export": Stage(1, ("model.*", *PLAYING, *ADAPTER), exported_from),
 }

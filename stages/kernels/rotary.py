@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from stages.kernels.launch import power_of_two
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, C] turned by cos and sin float32 [T, C / 2], in its own dtype; the arithmetic is float32."""
@@ -24,14 +26,15 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.is_cuda:
-        return _compiled_turn(x, cos, sin)
-    return _turn(x, cos, sin)
+        from stages.kernels.triton_rotary import rotate_kernel
 
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.contiguous()
+        tokens, heads, channels = x.shape
+        out = torch.empty_like(x)
+        rotate_kernel[(tokens,)](
+            x, cos, sin, out, H=heads, HP=power_of_two(heads), C=channels // 2, CP=power_of_two(channels // 2)
+        )
+        return out
     cos, sin = cos[:, None], sin[:, None]
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-_compiled_turn = torch.compile(_turn, dynamic=True)

@@ -97,13 +97,38 @@ class _TrainedExperts(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """The assignments of a tile's tokens to some experts, sorted by expert."""
+    """The assignments of a tile's tokens to some experts."""
 
     experts: slice
-    assigned: Tensor  # int64 [n], token * k + choice
-    owner: Tensor  # int64 [n], the expert
+    where: slice  # of the sorted assignments
     counts: list[int]  # of each of these experts
     ends: Tensor  # int32, on the device: where each one's rows end
+
+
+class _Sorted:
+    """A tile's assignments in the order of their experts. Waits for the card once."""
+
+    def __init__(self, indices: Tensor, num_experts: int) -> None:
+        """indices int64 [N, k]."""
+        flat = indices.flatten()
+        self.assigned = flat.argsort(stable=True)  # token * k + choice
+        self.owner = flat[self.assigned]
+        self.places = torch.empty_like(self.assigned)  # of each assignment among the sorted
+        self.places[self.assigned] = torch.arange(len(flat), device=flat.device)
+        counts = torch.searchsorted(self.owner, torch.arange(num_experts + 1, device=flat.device)).diff()
+        self._counts, self._host_counts = counts, counts.tolist()
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """Some experts at a time, those without tokens left out."""
+        start = 0
+        for first in range(0, len(self._host_counts), AT_ONCE):
+            experts = slice(first, first + AT_ONCE)
+            counts = self._host_counts[experts]
+            stop = start + sum(counts)
+            if start < stop:
+                ends = self._counts[experts].cumsum(0).to(torch.int32)
+                yield _Chunk(experts, slice(start, stop), counts, ends)
+            start = stop
 
 
 class _Projection:
@@ -176,116 +201,132 @@ class _Layer:
         from stages.kernels.triton_experts import combine_kernel
 
         top_k, width = indices.shape[1], out.shape[1]
-        outputs = hidden.new_empty(indices.numel(), width)
-        for chunk in _chunks(indices, self.gate_up.weight.shape[0]):
-            rows = self._rows(hidden, chunk, top_k)
+        order = _Sorted(indices, self.gate_up.weight.shape[0])
+        parts = []
+        for chunk in order.chunks():
+            rows = self._rows(hidden, order, chunk, top_k)
             inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
             del rows
-            activations = self._swiglu(inner, chunk)
+            activations = self._swiglu(inner, order, chunk)
             del inner
-            outputs[chunk.assigned] = _grouped(activations, self.down.matrices(chunk.experts), chunk)
+            parts.append(_grouped(activations, self.down.matrices(chunk.experts), chunk))
+            del activations
+        outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
         combine_kernel[(out.shape[0], -(-width // 1024))](
-            outputs, indices, weights, self.frozen.down_bias, out, D=width, TOPK=top_k, BLOCK=1024, num_warps=4
-        )
+            outputs, order.places, indices, weights, self.frozen.down_bias, out,
+            D=width, TOPK=top_k, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
 
     def backward(
         self, hidden: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, grad_hidden: Tensor, grad_weights: Tensor
     ) -> None:
         """Writes grad_hidden [N, D] and grad_weights [N, k]; adds to the factors' gradients."""
-        top_k = indices.shape[1]
+        from stages.kernels.triton_experts import sum_kernel
+
+        num_rows, top_k = indices.shape
+        order = _Sorted(indices, self.gate_up.weight.shape[0])
         grad = grad.to(self.dtype).contiguous()
-        grads = hidden.new_empty(indices.numel(), hidden.shape[1])
-        of_routing = grad_weights.view(-1)
-        for chunk in _chunks(indices, self.gate_up.weight.shape[0]):
-            routing = weights.reshape(-1)[chunk.assigned]
-            of_out = grad[chunk.assigned // top_k]
+        routing = weights.reshape(-1)[order.assigned]
+        of_routing = torch.empty_like(routing)
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        for chunk in order.chunks():
+            of_out = _gathered(grad, order.assigned[chunk.where], top_k)
             of_activations = _grouped_back(of_out, self.down.matrices(chunk.experts), chunk)
             of_second = of_activations[:, self.down.inputs :]  # of A x, [n, R]
-            of_activations = self._through_first_factors(self.down, of_activations, chunk)
-            rows = self._rows(hidden, chunk, top_k)
+            through = self._through_first_factors(self.down, of_second, chunk)
+            rows = self._rows(hidden, order, chunk, top_k)
             matrices = self.gate_up.matrices(chunk.experts)
             inner = _grouped(rows, matrices, chunk)
-            activations = self._swiglu_backward(inner, of_activations, of_out, routing, of_routing, chunk)
+            share = routing[chunk.where]
+            activations = self._swiglu_backward(
+                inner, of_activations, through, of_out, share, of_routing[chunk.where], order, chunk
+            )
+            del through
             if self.down.room:
                 self.down.extend(activations, chunk)
-                activations[:, self.down.inputs :] *= routing[:, None]
-                self.down.add_grads(activations, of_out, of_second * routing[:, None].to(of_second.dtype), chunk)
-            del activations, of_activations, of_out
+                activations[:, self.down.inputs :] *= share[:, None]
+                self.down.add_grads(activations, of_out, of_second * share[:, None].to(of_second.dtype), chunk)
+            del activations, of_activations, of_second, of_out
             of_rows = _grouped_back(inner, matrices, chunk)
             del matrices
+            of_first = of_rows[:, self.gate_up.inputs :]
             if self.gate_up.room:
-                self.gate_up.add_grads(rows, inner, of_rows[:, self.gate_up.inputs :], chunk)
+                self.gate_up.add_grads(rows, inner, of_first, chunk)
             del rows, inner
-            grads[chunk.assigned] = self._through_first_factors(self.gate_up, of_rows, chunk)
-        grad_hidden.copy_(grads.view(-1, top_k, grads.shape[1]).sum(1))
+            parts.append((of_rows, self._through_first_factors(self.gate_up, of_first, chunk)))
+        of_rows = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
+        more = parts[0][1]
+        if len(parts) > 1 and more is not None:
+            more = torch.cat([part for _, part in parts if part is not None])
+        sum_kernel[(num_rows, -(-hidden.shape[1] // 1024))](
+            of_rows, of_rows.stride(0), of_rows if more is None else more, order.places, grad_hidden,
+            D=hidden.shape[1], TOPK=top_k, MORE=more is not None, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        grad_weights.copy_(of_routing[order.places].view(num_rows, top_k))
 
-    def _rows(self, hidden: Tensor, chunk: _Chunk, top_k: int) -> Tensor:
+    def _rows(self, hidden: Tensor, order: _Sorted, chunk: _Chunk, top_k: int) -> Tensor:
         """The chunk's tokens [n, D + R], A x beside them."""
-        rows = hidden.new_empty(len(chunk.assigned), self.gate_up.inputs + self.gate_up.room)
-        rows[:, : self.gate_up.inputs] = hidden[chunk.assigned // top_k]
+        rows = _gathered(hidden, order.assigned[chunk.where], top_k, room=self.gate_up.room)
         self.gate_up.extend(rows, chunk)
         return rows
 
-    def _swiglu(self, inner: Tensor, chunk: _Chunk) -> Tensor:
+    def _swiglu(self, inner: Tensor, order: _Sorted, chunk: _Chunk) -> Tensor:
         """[n, F + R] of inner [n, 2F]."""
         from stages.kernels.triton_experts import swiglu_kernel
 
         out = self._activations(inner)
         swiglu_kernel[(inner.shape[0], -(-self.down.inputs // 1024))](
-            inner, self.frozen.gate_up_bias, chunk.owner, out, out.shape[1], self.frozen.alpha, self.frozen.limit,
-            M=inner.shape[1], BLOCK=1024, num_warps=4,
+            inner, self.frozen.gate_up_bias, order.owner[chunk.where], out, out.shape[1], self.frozen.alpha,
+            self.frozen.limit, M=inner.shape[1], BLOCK=1024, num_warps=4,
         )  # fmt: skip
         self.down.extend(out, chunk)
         return out
 
     def _swiglu_backward(
-        self, inner: Tensor, grad: Tensor, grad_out: Tensor, routing: Tensor, of_routing: Tensor, chunk: _Chunk
+        self,
+        inner: Tensor,
+        grad: Tensor,
+        more: Tensor | None,
+        grad_out: Tensor,
+        routing: Tensor,
+        of_routing: Tensor,
+        order: _Sorted,
+        chunk: _Chunk,
     ) -> Tensor:
         """SwiGLU's output [n, F + R], of whose last columns nothing is written; `inner` becomes its own gradient."""
         from stages.kernels.triton_experts import swiglu_backward_kernel
 
         out = self._activations(inner)
-        found = torch.empty_like(routing)
         swiglu_backward_kernel[(inner.shape[0],)](
-            inner, self.frozen.gate_up_bias, chunk.owner, grad, grad.stride(0), routing, out, out.shape[1], grad_out,
-            self.frozen.down_bias, found, self.frozen.alpha, self.frozen.limit,
-            M=inner.shape[1], D=grad_out.shape[1], BLOCK=1024, num_warps=4,
+            inner, self.frozen.gate_up_bias, order.owner[chunk.where], grad, grad.stride(0),
+            grad if more is None else more, routing, out, out.shape[1], grad_out, self.frozen.down_bias, of_routing,
+            self.frozen.alpha, self.frozen.limit,
+            M=inner.shape[1], D=grad_out.shape[1], MORE=more is not None, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-        of_routing[chunk.assigned] = found
         return out
 
     def _activations(self, inner: Tensor) -> Tensor:
         return inner.new_empty(inner.shape[0], self.down.inputs + self.down.room)
 
-    def _through_first_factors(self, projection: _Projection, grad: Tensor, chunk: _Chunk) -> Tensor:
-        """The gradient [n, K] of rows, of that of rows and A x side by side."""
-        plain = grad[:, : projection.inputs]
+    def _through_first_factors(self, projection: _Projection, of_inner: Tensor, chunk: _Chunk) -> Tensor | None:
+        """What reaches rows [n, K] through A, of the gradient [n, R] of A x."""
         if not projection.room:
-            return plain
-        inner = grad[:, projection.inputs :]
-        return plain.add_(_grouped_back(inner, projection.first_factors(chunk.experts), chunk))
+            return None
+        return _grouped_back(of_inner, projection.first_factors(chunk.experts), chunk)
 
 
 def _tiles(num_rows: int) -> list[slice]:
     return [slice(start, min(start + ROWS, num_rows)) for start in range(0, num_rows, ROWS)]
 
 
-def _chunks(indices: Tensor, num_experts: int) -> Iterator[_Chunk]:
-    """The assignments, some experts at a time, those without tokens left out. Waits for the card once."""
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    chosen = flat[order]
-    firsts = torch.searchsorted(chosen, torch.arange(num_experts + 1, device=chosen.device))
-    all_counts = firsts.diff()
-    counts = all_counts.tolist()
-    start = 0
-    for first in range(0, num_experts, AT_ONCE):
-        experts = slice(first, min(first + AT_ONCE, num_experts))
-        stop = start + sum(counts[experts])
-        if start < stop:
-            ends = all_counts[experts].cumsum(0).to(torch.int32)
-            yield _Chunk(experts, order[start:stop], chosen[start:stop], counts[experts], ends)
-        start = stop
+def _gathered(x: Tensor, assigned: Tensor, top_k: int, *, room: int = 0) -> Tensor:
+    """The tokens' rows [n, K + room] of x [N, K] for these assignments; the last columns are not written."""
+    from stages.kernels.triton_experts import gather_kernel
+
+    width = x.shape[1]
+    out = x.new_empty(len(assigned), width + room)
+    gather_kernel[(len(assigned),)](x, assigned, out, out.shape[1], TOPK=top_k, K=width, BLOCK=1024, num_warps=4)
+    return out
 
 
 def _grouped(rows: Tensor, matrices: Tensor, chunk: _Chunk) -> Tensor:

@@ -348,13 +348,13 @@ def swiglu_kernel(inner, bias, owner, out, out_stride, alpha, limit, M: tl.const
 
 @triton.jit
 def swiglu_backward_kernel(
-    inner, bias, owner, grad, grad_stride, routing, out, out_stride, grad_out, down_bias, grad_routing, alpha, limit,
-    M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    inner, bias, owner, grad, grad_stride, more, routing, out, out_stride, grad_out, down_bias, grad_routing, alpha,
+    limit, M: tl.constexpr, D: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of a row: SwiGLU, the gradient of inner, in its place, and the gradient of the row's routing weight. Grid (n,).
 
-    grad [n, M / 2]: of SwiGLU's output before it is weighted by routing float32 [n]; grad_out [n, D]: of the experts'
-    weighted sum; down_bias float32 [E, D].
+    grad [n, M / 2], and more [n, M / 2] if MORE: of SwiGLU's output before it is weighted by routing float32 [n];
+    grad_out [n, D]: of the experts' weighted sum; down_bias float32 [E, D].
     """
     row = tl.program_id(0).to(tl.int64)
     expert = tl.load(owner + row).to(tl.int64)
@@ -369,6 +369,8 @@ def swiglu_backward_kernel(
         gate = tl.load(values, mask=inside, other=0.0).to(tl.float32) + tl.load(biases, mask=inside, other=0.0)
         up = tl.load(values + 8, mask=inside, other=0.0).to(tl.float32) + tl.load(biases + 8, mask=inside, other=0.0)
         given = tl.load(grad + row * grad_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        if MORE:
+            given += tl.load(more + row * (M // 2) + channel, mask=inside, other=0.0).to(tl.float32)
         clamped = tl.minimum(gate, limit)
         upper = tl.maximum(tl.minimum(up, limit), -limit) + 1.0
         share = 1.0 / (1.0 + tl.exp(-alpha * clamped))
@@ -391,10 +393,22 @@ def swiglu_backward_kernel(
 
 
 @triton.jit
-def combine_kernel(outputs, indices, routing, bias, out, D: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr):
-    """out float32 [N, D] = sum over a token's choices of routing * (outputs + bias), in their order.
+def gather_kernel(x, assigned, out, out_stride, TOPK: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """out [n, K], rows out_stride apart, = x [N, K][assigned int64 [n] // TOPK]. Grid (n,)."""
+    row = tl.program_id(0).to(tl.int64)
+    source = x + tl.load(assigned + row) // TOPK * K
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        tl.store(out + row * out_stride + k, tl.load(source + k, mask=k < K, other=0.0), mask=k < K)
 
-    outputs [N * TOPK, D]; indices int64, routing float32 [N, TOPK]; bias float32 [E, D]. Grid (N, D / BLOCK).
+
+@triton.jit
+def combine_kernel(
+    outputs, places, indices, routing, bias, out, D: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out float32 [N, D] = sum over a token's choices of routing * (outputs[places] + bias), in their order.
+
+    outputs [N * TOPK, D]; places, indices int64, routing float32 [N, TOPK]; bias float32 [E, D]. Grid (N, D / BLOCK).
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -402,10 +416,30 @@ def combine_kernel(outputs, indices, routing, bias, out, D: tl.constexpr, TOPK: 
     total = tl.zeros([BLOCK], tl.float32)
     for choice in tl.static_range(TOPK):
         at = row * TOPK + choice
-        value = tl.load(outputs + at * D + d, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(outputs + tl.load(places + at) * D + d, mask=inside, other=0.0).to(tl.float32)
         value += tl.load(bias + tl.load(indices + at) * D + d, mask=inside, other=0.0)
         total += value * tl.load(routing + at)
     tl.store(out + row * D + d, total, mask=inside)
+
+
+@triton.jit
+def sum_kernel(
+    rows, row_stride, more, places, out, D: tl.constexpr, TOPK: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [N, D] = sum over a token's choices of (rows + more)[places], in their order; more [N * TOPK, D] if MORE.
+
+    Grid (N, D / BLOCK).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < D
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOPK):
+        place = tl.load(places + row * TOPK + choice)
+        total += tl.load(rows + place * row_stride + d, mask=inside, other=0.0).to(tl.float32)
+        if MORE:
+            total += tl.load(more + place * D + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + d, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

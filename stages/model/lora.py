@@ -43,7 +43,8 @@ class LoraLinear(nn.Module):
         out = self.base_layer(hidden)
         if not self.adapter_enabled:
             return out
-        return out + F.linear(F.linear(hidden, self.a.to(hidden.dtype)), self.b.to(hidden.dtype)) * self.scale
+        inner = F.linear(hidden, self.a.to(hidden.dtype)).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), inner, self.b.mT.to(hidden.dtype), alpha=self.scale).view(out.shape)
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dtype: torch.dtype, seed: int) -> None:
