@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import stages.bench.command
+import stages.bench.update_command
 import stages.report
 import stages.runs
 from flows import prune, view
@@ -136,6 +137,9 @@ def parser() -> Parser:
 
     stages.bench.command.add_engine_arguments(
         bench.add_parser("engine", help="how fast the engine decodes, how near the memory limit, beside its peers")
+    )
+    stages.bench.update_command.add_update_arguments(
+        bench.add_parser("update", help="how fast the update trains, in how much memory, beside its peers")
     )
     compare = commands.add_parser(
         "compare-attention", help="how far each attention path is from transformers eager, layer by layer"

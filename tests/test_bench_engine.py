@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.bench import engine, engine_report, peers, rollouts
+from stages.bench import engine, engine_report, peers, results, rollouts
 from stages.bench.cases import BARS, Case, parse_cases, parse_ranks, verdict
 from stages.bench.decode import Rows, open_case
+from stages.bench.findings import Report
 from stages.bench.floor import expected_experts, floor_tokens_per_s, step_bytes
 from stages.bench.memory import Memory
 from stages.config import UserError
@@ -155,16 +156,19 @@ def test_a_bare_machine_can_import_the_model_and_ask_for_help_without_torch() ->
         "import sys",
         f"for name in {ABSENT!r}: sys.modules[name] = None",
         "from flows.cli import parser",
-        "try: parser().parse_args(['bench', 'engine', '--help'])",
-        "except SystemExit: pass",
+        "for what in ('engine', 'update'):",
+        "    try: parser().parse_args(['bench', what, '--help'])",
+        "    except SystemExit: pass",
         "assert 'torch' not in sys.modules",
         "import stages.bench.engine, stages.bench.engine_report, stages.model.synthetic, stages.model.merge",
+        "import stages.bench.update, stages.bench.update_report",
     ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "--replay" in done.stdout
+    assert "--memory-cap" in done.stdout
 
 
 class FakeCase:
@@ -284,11 +288,10 @@ class Opened:
 
 def test_what_was_found_is_written_after_every_finding_and_an_error_costs_only_its_row(tmp_path: Path) -> None:
     path = tmp_path / "made" / "engine.json"
-    head = engine_report.head(
-        command="flexsink bench engine", gpu="NVIDIA H200", shape="gpt-oss-20b", dtype="bf16", cuda="13.0"
-    )
+    about = {"gpu": "NVIDIA H200", "shape": "gpt-oss-20b", "dtype": "bf16", "cuda": "13.0"}
+    head = results.head(bench="engine", command="flexsink bench engine", **about)
     head |= {"read_tb_s": 4.47123456, "reference_tb_s": 4.3}
-    report = engine.Report(head, lambda body: engine_report.write(path, body))
+    report = Report(head, lambda body: results.write(path, body), kinds=engine.KINDS)
 
     def fails() -> dict[str, Any]:
         raise RuntimeError("out of memory")

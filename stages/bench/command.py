@@ -1,6 +1,5 @@
 """The command `flexsink bench engine`: its arguments, and what it does with them. Imports torch when it runs."""
 
-import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -51,7 +50,7 @@ def bench_engine(args: Namespace) -> int:
     names = () if args.peers == "none" else tuple(args.peers.split(","))
     import torch
 
-    from stages.bench import engine, engine_report, peers
+    from stages.bench import engine, engine_report, peers, results
     from stages.model.synthetic import shape_of
 
     for name in names:
@@ -71,9 +70,10 @@ def bench_engine(args: Namespace) -> int:
         seed=args.seed,
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    path = args.out or engine_report.default_path(gpu)
-    head = engine_report.head(
-        command=command_line(sys.argv[1:]),
+    path = args.out or results.default_path("engine", gpu)
+    head = results.head(
+        bench="engine",
+        command=results.command_line(sys.argv[1:]),
         gpu=gpu,
         shape=options.shape.name,
         dtype=args.dtype,
@@ -81,7 +81,7 @@ def bench_engine(args: Namespace) -> int:
     )
 
     def save(body: dict[str, Any]) -> None:
-        engine_report.write(path, body)
+        results.write(path, body)
 
     report = engine.measure(options, head=head, save=save, note=lambda text: print(text, file=sys.stderr, flush=True))
     save(report.body)
@@ -89,8 +89,3 @@ def bench_engine(args: Namespace) -> int:
         print(line)
     print(f"written to  {path}")
     return 1 if report.failed else 0
-
-
-def command_line(words: list[str]) -> str:
-    """The command that measures this again."""
-    return shlex.join(["flexsink", *words])

@@ -10,7 +10,6 @@ rollouts and prefills are in stages/bench/rollouts.py.
 import functools
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from stages.bench import peers, rollouts
 from stages.bench.cases import Case
 from stages.bench.decode import DecodeCase, open_case
+from stages.bench.findings import Report
 from stages.bench.floor import REFERENCE_TB_S, expected_experts, floor_tokens_per_s
 from stages.bench.kernel_times import kernel_times
 from stages.bench.memory import Memory, free_memory, synchronize
@@ -34,6 +34,7 @@ OpenCase = Callable[..., DecodeCase]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_STEPS = 8
 PEERS_SECONDS = 100.0
+KINDS = ("rows", "replay", "prefill", "startup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,30 +59,6 @@ class Options:
     seed: int = 0
 
 
-class Report:
-    """What has been found so far; `save` is called with it after every finding, so a run that dies loses one."""
-
-    def __init__(self, head: Row, save: Callable[[Row], None]) -> None:
-        self.body: Row = {**head, "rows": [], "replay": [], "prefill": [], "startup": []}
-        self._save = save
-        self.failed = False
-
-    def add(self, kind: str, row: Row) -> None:
-        self.body[kind].append(row)
-        self._save(self.body)
-
-    def attempt(self, kind: str, about: Row, measure: Callable[[], Row]) -> None:
-        """Adds what `measure` finds, or its error: one case out of memory must not cost the others."""
-        try:
-            self.add(kind, about | measure())
-        except Exception as error:
-            traceback.print_exc()
-            self.failed = True
-            self.add(kind, about | {"error": f"{type(error).__name__}: {str(error).strip()[:200]}"})
-        finally:
-            free_memory()
-
-
 def measure(
     options: Options,
     *,
@@ -96,7 +73,7 @@ def measure(
 
     device = torch.device("cuda", torch.cuda.current_device())
     memory = Memory(device)
-    report = Report(head | {"read_tb_s": read_tb_s(device), "reference_tb_s": REFERENCE_TB_S}, save)
+    report = Report(head | {"read_tb_s": read_tb_s(device), "reference_tb_s": REFERENCE_TB_S}, save, kinds=KINDS)
     free_memory()
     for rank in options.ranks:
         note(f"{options.shape.name}, LoRA {rank or 'none'}: weights")
@@ -230,11 +207,4 @@ def distinct_experts(routes: Tensor) -> list[int]:
 
 def measure_peer(name: str, rows: Iterator[Row], shape: Shape, report: Report) -> None:
     """Adds a peer's rows with their share of our floor, which no 16-bit engine can reach."""
-    try:
-        for row in rows:
-            if "tokens_per_s" in row:
-                floor = floor_tokens_per_s(shape, row["batch"], row["context"])
-                row |= {"floor_tokens_per_s": floor, "floor_share": row["tokens_per_s"] / floor}
-            report.add("rows", row)
-    except Exception as error:  # its own set-up failed
-        report.add("rows", {"system": name, "error": f"{type(error).__name__}: {str(error).strip()[:200]}"})
+    report.add_peer(name, rows, lambda row: floor_tokens_per_s(shape, row["batch"], row["context"]))

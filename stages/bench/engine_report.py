@@ -6,17 +6,8 @@ holds system, batch, context, lora, tokens_per_s, ms_per_step, floor_tokens_per_
 layer, on average), peak_bytes, and what else was seen; or "error".
 """
 
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from stages.artifacts.run import explained
 from stages.bench.cases import (
     BARS,
     MEMORY_BARS,
@@ -28,60 +19,9 @@ from stages.bench.cases import (
     Case,
     verdict,
 )
+from stages.bench.results import Row, gigabytes, table_lines
 
-Row = Mapping[str, Any]
-RESULTS = Path("tests/bench/results")
 COLUMNS = ("system", "case", "LoRA", "tokens/s", "ms a step", "of floor", "of own", "experts", "GB", "capture", "bar")
-PACKAGES = ("torch", "triton", "transformers")
-
-
-def head(*, command: str, gpu: str, shape: str, dtype: str, cuda: str) -> dict[str, Any]:
-    """What the JSON begins with."""
-    versions = {"python": platform.python_version(), "cuda": cuda}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "bench": "engine",
-        "weights": "synthetic",
-        "gpu": gpu,
-        "date": today(),
-        "versions": versions,
-        "command": command,
-        "shape": shape,
-        "dtype": dtype,
-    }
-
-
-def today() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-
-
-def default_path(gpu: str) -> Path:
-    """tests/bench/results/engine-<gpu>-<date>.json, in the current folder where there is no such folder."""
-    words = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
-    name = f"engine-{words}-{today()}.json"
-    return RESULTS / name if RESULTS.is_dir() else Path(name)
-
-
-def write(path: Path, body: Row) -> None:
-    """Writes the JSON at once or not at all."""
-    with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".tmp")
-        part.write_text(json.dumps(rounded(body), indent=1) + "\n")
-        os.replace(part, path)
-
-
-def rounded(value: Any) -> Any:
-    """The same with five significant digits; bytes and counts stay whole."""
-    if isinstance(value, Mapping):
-        return {name: rounded(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def lines_of(body: Row) -> Iterator[str]:
@@ -91,11 +31,7 @@ def lines_of(body: Row) -> Iterator[str]:
         f"it reads {body['read_tb_s']:.2f} TB/s; the floor is at {body['reference_tb_s']} TB/s with uniform routing, "
         "its own at what it reads with the experts really hit"
     )
-    table = [COLUMNS, *(cells_of(row, body["shape"]) for row in body["rows"])]
-    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
-    for line in table:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        yield "  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip()
+    yield from table_lines(COLUMNS, [cells_of(row, body["shape"]) for row in body["rows"]])
     for row in body["rows"]:
         if "error" in row:
             yield f"   {row['system']}, {case_of(row)}: {row['error']}"
@@ -176,8 +112,3 @@ def case_of(row: Row) -> str:
 
 def rank_of(row: Row) -> str:
     return f"r={row['lora']}" if row.get("lora") else "none"
-
-
-def gigabytes(count: float) -> str:
-    """GB of 10^9 bytes."""
-    return f"{count / 1e9:.1f}"

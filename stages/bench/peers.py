@@ -13,14 +13,16 @@ import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.bench.cases import Case
+from stages.bench.results import error_words
 from stages.config import UserError
+from stages.model.mxfp4 import dequantize
 from stages.model.shapes import Shape
 from stages.model.synthetic import random_tensors
 
@@ -30,10 +32,12 @@ BEST_EXPERTS = "flexsink_grouped_mm"
 MAX_STEPS, LEAST_STEPS, SECONDS_PER_ROW = 24, 4, 4.0
 
 
-def peer(name: str) -> Peer:
-    """The peer of this name; UserError when there is none."""
+def peer(name: str, *, transformers: Peer | None = None) -> Peer:
+    """The peer of this name; UserError when there is none. transformers: what that name means, `transformers_rows`
+    unless another benchmark says otherwise.
+    """
     if name == "transformers":
-        return transformers_rows
+        return transformers or transformers_rows
     module, separator, function = name.partition(":")
     if not separator:
         raise UserError(f"no peer {name!r}", "transformers, none, or package.module:function")
@@ -64,15 +68,25 @@ def transformers_rows(shape: Shape, cases: Sequence[Case], *, device: torch.devi
                 model.set_experts_implementation(experts)
                 yield row | measured(model, case, static=static)
             except Exception as error:  # a peer's failure is a finding, not ours
-                yield row | {"error": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+                yield row | {"error": error_words(error)}
             finally:
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
 
 
-def transformers_model(shape: Shape, *, device: torch.device, seed: int = 0) -> Any:
-    """transformers' own model of this shape, nothing of ours in it: random bf16 weights made on the device."""
+def transformers_model(
+    shape: Shape,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    unpacked: bool = False,
+) -> Any:
+    """transformers' own model of this shape, nothing of ours in it: random weights made on the device.
+
+    unpacked: the weights of the synthetic policy of that seed, its experts as `dtype`; without its adapter.
+    """
     from transformers import GptOssForCausalLM
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
@@ -83,10 +97,24 @@ def transformers_model(shape: Shape, *, device: torch.device, seed: int = 0) -> 
         model = GptOssForCausalLM(config)
     model.model.rotary_emb = GptOssRotaryEmbedding(config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for name, tensor in random_tensors(config, dtype=torch.bfloat16, generator=generator, mxfp4=False):
+    drawn = random_tensors(config, dtype=dtype, generator=generator, mxfp4=unpacked)
+    for name, tensor in dense_experts(drawn, dtype) if unpacked else drawn:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))
     return model.eval()
+
+
+def dense_experts(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors with every stack of blocks and scales unpacked to [E, in, out]."""
+    blocks: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name.endswith("_blocks"):
+            blocks[name.removesuffix("_blocks")] = tensor
+        elif name.endswith("_scales"):
+            stack = name.removesuffix("_scales")
+            yield stack, dequantize(blocks.pop(stack), tensor, dtype).mT.contiguous()
+        else:
+            yield name, tensor
 
 
 def filled_cache(model: Any, case: Case, *, room: int, static: bool) -> Any:

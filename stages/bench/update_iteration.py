@@ -1,0 +1,147 @@
+"""A whole RL iteration on synthetic weights: the engine samples, a trivial reward judges, the trainer makes one
+optimizer step on the very same policy. The engine gives its cache back before the update begins, as in a run.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stages.bench.memory import Memory, synchronize
+from stages.bench.rollouts import draw_prompts
+from stages.bench.update_cases import IterationCase
+from stages.bench.update_step import Stopwatch, Training
+from stages.engine import Completion, Engine, Request, SamplingParams
+from stages.grpo import advantages
+
+Row = dict[str, Any]
+ENGINE_RESERVE_BYTES = 512 << 20  # of what the cap leaves, kept for the engine's copy of the adapter and for prefill
+PACK_TOKENS = 8192
+
+
+def measure(
+    training: Training,
+    case: IterationCase,
+    *,
+    memory: Memory,
+    cap_bytes: int | None = None,
+    slots: int = 256,
+    pack_tokens: int = PACK_TOKENS,
+    seed: int = 0,
+) -> Row:
+    """Seconds of each part, the median of the repeats; peak bytes of all of them and the warm-up. strict_s is what
+    scoring the completions again by the trainer's kernels would add.
+
+    cap_bytes bounds the engine's cache too, which lies outside PyTorch's allocator. pack_tokens: of a micro-batch.
+    """
+    memory.reset()
+    completions = case.prompts * case.group_size
+    engine = Engine(
+        training.policy,
+        max_slots=min(completions, slots),
+        max_new_tokens=case.new_tokens,
+        cache_bytes=cache_budget(cap_bytes, memory),
+    )
+    found: list[Row] = []
+    packs: Sequence[Any] = ()
+    try:
+        with memory.watched():
+            for repeat in range(case.repeats + 1):
+                packs = ()  # given up before the next are made
+                row, packs = iterate(training, engine, case, pack_tokens=pack_tokens, seed=seed + repeat)
+                found.append(row)
+            held = memory.details()
+    finally:
+        engine.close()
+    warm = found[1:] or found
+    seconds = {name: statistics.median(each[name] for each in warm) for name in warm[0]}
+    return seconds | {
+        "completion_tokens": completions * case.new_tokens,
+        "rollout_tokens_per_s": completions * case.new_tokens / seconds["rollout_s"],
+        "warm": bool(found[1:]),
+        "first": found[0],
+        "packs": len(packs),
+        "strict_s": rescore_s(training, packs),
+        **held,
+    }
+
+
+def iterate(
+    training: Training, engine: Engine, case: IterationCase, *, pack_tokens: int, seed: int
+) -> tuple[Row, Sequence[Any]]:
+    """One iteration: iteration_s and the seconds of its parts; and what it trained on."""
+    device = training.policy.device
+    started = time.perf_counter()
+    completions = engine.run(requests_of(training, case, seed=seed))
+    synchronize(device)
+    sampled = time.perf_counter()
+    samples = judged(training, completions, case)
+    packs = training.trainer.pack(samples, pack_tokens)
+    judging = time.perf_counter()
+    watch = Stopwatch(device)
+    training.step(packs, watch, on_policy=False)
+    parts = watch.milliseconds()
+    ended = time.perf_counter()
+    row = {
+        "iteration_s": ended - started,
+        "rollout_s": sampled - started,
+        "capture_s": engine.stats.capture_s if engine.stats else 0.0,
+        "reward_s": judging - sampled,
+        "update_s": ended - judging,
+        **{f"{name}_s": value / 1e3 for name, value in parts.items()},
+    }
+    return row, packs
+
+
+def requests_of(training: Training, case: IterationCase, *, seed: int) -> list[Request]:
+    """Requests for completions of exactly new_tokens: random weights do not stop, and no token is told to end them."""
+    lengths = (case.prompt_tokens, case.prompt_tokens)
+    prompts = draw_prompts(case.prompts, lengths, vocabulary=training.policy.model.config.vocab_size, seed=seed)
+    return [
+        Request(
+            completion_id=f"{group:03d}-{place:03d}",
+            prompt_ids=prompt,
+            sampling=SamplingParams(
+                max_new_tokens=case.new_tokens, seed=seed * 1_000_003 + group * case.group_size + place
+            ),
+        )
+        for group, prompt in enumerate(prompts)
+        for place in range(case.group_size)
+    ]
+
+
+def judged(training: Training, completions: list[Completion], case: IterationCase) -> list[Any]:
+    """The completions as the trainer takes them; rewarded is the share of even tokens."""
+    rewards = [sum(token % 2 == 0 for token in each.completion_ids) / case.new_tokens for each in completions]
+    grouped = torch.tensor(rewards, dtype=torch.float64).view(case.prompts, case.group_size)
+    return [
+        training.trainer.sample(
+            completion_id=completion.completion_id,
+            prompt_ids=completion.prompt_ids,
+            completion_ids=completion.completion_ids,
+            engine_logprobs=completion.engine_logprobs,
+            advantage=advantage,
+        )
+        for completion, advantage in zip(completions, advantages(grouped).flatten().tolist(), strict=True)
+    ]
+
+
+def rescore_s(training: Training, packs: Sequence[Any]) -> float:
+    """Seconds that scoring the completions by the trainer's kernels takes: what `strict` costs an iteration."""
+    device = training.policy.device
+    synchronize(device)
+    started = time.perf_counter()
+    for pack in packs:
+        training.logprobs(pack, grad=False)
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def cache_budget(cap_bytes: int | None, memory: Memory) -> int:
+    """Bytes that the engine's cache may take under the cap beside what is held now; 0 is no limit of ours."""
+    if cap_bytes is None or memory.device.type != "cuda":
+        return 0
+    held = torch.cuda.memory_reserved(memory.device)
+    return max(1, cap_bytes - held - ENGINE_RESERVE_BYTES)

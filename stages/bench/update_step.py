@@ -1,0 +1,234 @@
+"""One optimizer step of the project's own trainer, on a synthetic policy, and how long its parts take on the device."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stages.bench.update_cases import Layout
+from stages.config import RunConfig, UpdateConfig, replace
+from stages.model.policy import Policy
+from stages.model.shapes import Shape
+from stages.model.synthetic import LORA_ALPHA_PER_RANK, synthetic_policy
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Trainer(NamedTuple):
+    """What the benchmark calls of the trainer; a test may hand in another."""
+
+    sample: Callable[..., Any]  # stages.trainer.Sample
+    pack: Callable[..., Sequence[Any]]  # (samples, pack_tokens)
+    completion_logprobs: Callable[..., Any]  # (policy, pack, temperature=, store=, replay_routes=, routes=)
+    store: Callable[..., Any]  # of a device; what keeps the layers' inputs from one step to the next
+    make_optimizer: Callable[..., torch.optim.Optimizer]  # (policy, update)
+    policy_loss: Callable[..., tuple[Tensor, Any]]  # (policy_logprobs, inputs, totals, update)
+    inputs: Callable[..., Any]  # stages.grpo.LossInputs
+    totals: Callable[..., Any]  # stages.grpo.StepTotals
+    config: Callable[..., UpdateConfig]  # the section of these keys
+
+
+def own_trainer() -> Trainer:
+    """The project's."""
+    from stages.grpo import LossInputs, StepTotals, policy_loss
+    from stages.trainer import LayerStore, Sample, completion_logprobs, deal_packs
+    from stages.trainer.optimizer import make_optimizer
+
+    return Trainer(
+        sample=Sample,
+        pack=deal_packs,
+        completion_logprobs=completion_logprobs,
+        store=LayerStore,
+        make_optimizer=make_optimizer,
+        policy_loss=policy_loss,
+        inputs=LossInputs,
+        totals=StepTotals,
+        config=update_config,
+    )
+
+
+def update_config(**values: Any) -> UpdateConfig:
+    """The update section with these keys, checked as any other; UserError for what it does not know."""
+    return replace(RunConfig(), "update", **values).update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the policy is held and trained."""
+
+    shape: Shape
+    rank: int = 16
+    targets: str = "attention+experts"
+    dense: str = "full"
+    dtype: str = "bf16"
+    lora_dtype: str = "bf16"
+    optimizer: str = "adamw_8bit"
+    offload_embedding: bool = False
+    loss: str = "grpo"
+    learning_rate: float = 5e-5
+    seed: int = 0
+
+    def about(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {
+            "system": "flexsink",
+            "lora": self.rank,
+            "targets": self.targets,
+            "dense": self.dense,
+            "lora_dtype": self.lora_dtype,
+            "optimizer": self.optimizer,
+            "offload_embedding": self.offload_embedding,
+        }
+
+
+def open_policy(setting: Setting, *, device: torch.device) -> Policy:
+    """The synthetic policy, with LoRA where the setting wants it."""
+    kept: dict[str, Any] = {"dense": setting.dense, "offload_embedding": setting.offload_embedding}
+    policy = synthetic_policy(
+        setting.shape,
+        lora_rank=setting.rank,
+        dtype=DTYPES[setting.dtype],
+        device=device,
+        seed=setting.seed,
+        **{name: value for name, value in kept.items() if value not in ("full", False)},
+    )
+    if setting.targets == "attention":
+        for layer in policy.model.model.layers:
+            layer.mlp.experts.gate_up_lora = layer.mlp.experts.down_lora = None
+    for _, parameter in policy.parameters():
+        parameter.data = parameter.data.to(DTYPES[setting.lora_dtype])
+    return policy
+
+
+class Training:
+    """A policy, its optimizer, and the steps they take together."""
+
+    def __init__(self, policy: Policy, setting: Setting, trainer: Trainer) -> None:
+        self.policy, self.trainer = policy, trainer
+        self.update = trainer.config(
+            loss=setting.loss,
+            learning_rate=setting.learning_rate,
+            lora_rank=setting.rank,
+            lora_alpha=LORA_ALPHA_PER_RANK * setting.rank,
+            optimizer=setting.optimizer,
+        )
+        self.optimizer = trainer.make_optimizer(policy, self.update)
+        self._parameters = [parameter for _, parameter in policy.parameters()]
+        self._store = trainer.store(policy.device)
+
+    def logprobs(
+        self, pack: Any, *, grad: bool, replay_routes: bool = False, routes: list[Tensor] | None = None
+    ) -> Tensor:
+        """float32 [T] of all completion tokens of the pack. replay_routes: by the experts that the samples hold; routes
+        takes each layer's choices int64 [T, k].
+        """
+        with torch.set_grad_enabled(grad):
+            found: Tensor = self.trainer.completion_logprobs(
+                self.policy, pack, temperature=1.0, store=self._store, replay_routes=replay_routes, routes=routes
+            ).logprobs
+        return found
+
+    def close(self) -> None:
+        """Gives back what is kept from one step to the next, but for the optimizer's state."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._store.close()
+        self._store = self.trainer.store(self.policy.device)
+
+    def step(self, packs: Sequence[Any], watch: "Stopwatch", *, on_policy: bool) -> None:
+        """One optimizer step over all packs; `watch` hears of forward, backward and optimizer.
+
+        on_policy: the engine's log-probabilities are taken to be the trainer's own, as random tokens have none.
+        """
+        samples = [sample for pack in packs for sample in pack.samples]
+        lengths = [len(sample.completion_ids) for sample in samples]
+        totals = self.trainer.totals(num_completions=len(samples), num_tokens=sum(lengths), max_new_tokens=max(lengths))
+        watch.start()
+        try:
+            for pack in packs:
+                self._accumulate(pack, totals, watch, on_policy)
+        except BaseException:
+            self.close()  # a length that does not fit must not leave its halves behind
+            raise
+        torch.nn.utils.clip_grad_norm_(self._parameters, self.update.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        watch.lap("optimizer")
+
+    def _accumulate(self, pack: Any, totals: Any, watch: "Stopwatch", on_policy: bool) -> None:
+        """Adds a pack's gradients."""
+        now = self.logprobs(pack, grad=True)
+        watch.lap("forward")
+        loss, _ = self.trainer.policy_loss(now, self._inputs(pack, now, on_policy), totals, self.update)
+        loss.backward()
+        watch.lap("backward")
+
+    def _inputs(self, pack: Any, now: Tensor, on_policy: bool) -> Any:
+        old = now.detach()
+        device = old.device
+        engine = [value for sample in pack.samples for value in sample.engine_logprobs]
+        return self.trainer.inputs(
+            old_logprobs=old,
+            engine_logprobs=old if on_policy else torch.tensor(engine, device=device),
+            reference_logprobs=None,
+            advantages=torch.tensor([sample.advantage for sample in pack.samples], device=device),
+            lengths=torch.tensor([len(sample.completion_ids) for sample in pack.samples], device=device),
+        )
+
+
+class Stopwatch:
+    """Milliseconds that the device spent on each part of what was asked of it, without waiting in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        self.lap("")
+
+    def lap(self, name: str) -> None:
+        """What was asked since the last mark is of part `name`."""
+        mark: Any = time.perf_counter()
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((name, mark))
+
+    def milliseconds(self) -> dict[str, float]:
+        """The sum of each part; waits for the device, and begins anew."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+            if name:
+                spent = before.elapsed_time(after) if self.device.type == "cuda" else 1e3 * (after - before)
+                found[name] = found.get(name, 0.0) + spent
+        self._marks = []
+        return found
+
+
+def random_samples(layout: Layout, make: Callable[..., Any], *, vocabulary: int, seed: int) -> list[Any]:
+    """The layout's completions of random tokens, with random advantages whose sum in a group is 0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, vocabulary, (count,), generator=generator).tolist())
+
+    samples = []
+    for group in range(layout.groups):
+        prompt = draw(layout.prompt_tokens)
+        drawn = torch.randn(layout.group_size, generator=generator)
+        advantages = drawn - drawn.mean() if layout.group_size > 1 else drawn
+        for place, advantage in enumerate(advantages.tolist()):
+            samples.append(
+                make(
+                    completion_id=f"{group:03d}-{place:03d}",
+                    prompt_ids=prompt,
+                    completion_ids=draw(layout.completion_tokens),
+                    engine_logprobs=(),
+                    advantage=advantage,
+                )
+            )
+    return samples
