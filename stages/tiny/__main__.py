@@ -56,12 +56,13 @@ def make(folder: Path, size: str, **changes: str | float | None) -> None:
 
     changes: of the size's Settings; None leaves what is there.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     from stages.tiny import corpus, layout, tokenizer, warm_start
 
     started = time.monotonic()
     warm_start.keep_memory()
+    vocabulary: PreTrainedTokenizerBase
     if size == "tiny":
         vocabulary = tokenizer.build(corpus.tokenizer_texts(random.Random(0), count=TEXTS))
     else:

@@ -19,6 +19,7 @@ C head channels, E experts.
 import ctypes
 import dataclasses
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -272,7 +273,7 @@ def source_of(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Iterato
     loader = DataLoader(
         Written(tokenizer, settings),
         batch_size=None,
-        num_workers=settings.writers,
+        num_workers=min(settings.writers, os.cpu_count() or 1),
         prefetch_factor=8,
         multiprocessing_context="spawn",
         collate_fn=as_it_is,
@@ -312,7 +313,9 @@ def train(
     torch.manual_seed(settings.seed)
     started, on_gpu = time.monotonic(), settings.device != "cpu"
     source = source_of(tokenizer, settings)
-    model = new_model(config, sinks=settings.sinks).to(settings.device).train()
+    model = new_model(config, sinks=settings.sinks)
+    nn.Module.to(model, torch.device(settings.device))  # transformers' own says nothing of its types
+    model.train()
     experts = model.config._experts_implementation
     if on_gpu:
         torch.set_float32_matmul_precision("high")
