@@ -261,7 +261,7 @@ def record(run: RunDir, out: Path, folder: Path, *, gpu: str, command: str) -> d
     body = {
         "bench": "learn",
         "gpu": gpu,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES if installed(name)},
         "command": command,
@@ -318,7 +318,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, metavar="DIR", help="where what is recorded goes (OUT/record)")
     parser.add_argument(
         "--warm-start",
-        default="--size mid --device cuda --seconds 150",
+        default="--size mid --device cuda --seconds 130",
         metavar="WORDS",
         help="arguments of stages.tiny (%(default)s)",
     )
