@@ -1,5 +1,6 @@
 """The bundled model and the grammar behind it: the checkpoint's layout, what its parts do, what it samples."""
 
+import dataclasses
 import json
 import os
 import random
@@ -8,12 +9,17 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GptOssForCausalLM
 
+from stages.model import mxfp4_layout
+from stages.model.checkpoint import Checkpoint
+from stages.model.mxfp4 import Mxfp4, dequantize
 from stages.tasks.programs import extract
-from stages.tiny import check, corpus, families, matmuls, strategies, warm_start
+from stages.tiny import check, corpus, families, layout, matmuls, strategies, warm_start
 
 TINY = Path(__file__).parent.parent / "data" / "tiny"
 V, D, Q, KV, E, F = 1024, 128, 256, 64, 8, 128  # vocabulary, hidden, queries, keys, experts, expert hidden
@@ -284,3 +290,88 @@ def test_64_samples_parse_and_show_every_family_and_router(loaded):
 def test_256_samples_meet_every_bar():
     rows = check.verdicts(check.measure(TINY))
     assert [row for row in rows if not row.met] == []
+
+
+def test_the_mid_size_has_30_to_60_million_parameters_in_shapes_that_the_kernels_take(loaded):
+    _, tokenizer = loaded
+    config = layout.config(tokenizer, "mid")
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+    assert 30e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 60e6
+    assert config.layer_types == ["sliding_attention", "full_attention"] * 4
+    assert (config.num_experts_per_tok, config.sliding_window, config.vocab_size) == (4, 128, V)
+    assert config.head_dim == 64
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")):  # [E, in, out]
+            assert parameter.shape[1] % 256 == 0, name
+            assert parameter.shape[2] % 64 == 0, name
+        elif name.endswith("_proj.weight"):
+            assert all(size % 64 == 0 for size in parameter.shape), name
+
+
+def test_every_expert_on_every_token_gives_what_the_chosen_ones_give_alone():
+    torch.manual_seed(0)
+    tokens, experts, hidden, inner, top = 12, 5, 8, 6, 2
+    module = SimpleNamespace(alpha=1.702, limit=7.0)
+    for name, shape in (
+        ("gate_up_proj", (experts, hidden, 2 * inner)),
+        ("gate_up_proj_bias", (experts, 2 * inner)),
+        ("down_proj", (experts, inner, hidden)),
+        ("down_proj_bias", (experts, hidden)),
+    ):
+        setattr(module, name, (2 * torch.randn(shape, dtype=torch.float64)).requires_grad_())
+    rows = torch.randn(tokens, hidden, dtype=torch.float64, requires_grad=True)
+    chosen = torch.stack([torch.randperm(experts)[:top] for _ in range(tokens)])
+    weights = torch.rand(tokens, top, dtype=torch.float64, requires_grad=True)
+    expected = []
+    for token in range(tokens):
+        total = torch.zeros(hidden, dtype=torch.float64)
+        for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+            both = rows[token] @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+            gate, up = both[0::2].clamp(max=7.0), both[1::2].clamp(-7.0, 7.0)
+            swiglu = (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+            total = total + weight * (swiglu @ module.down_proj[expert] + module.down_proj_bias[expert])
+        expected.append(total)
+    inputs = [rows, weights, module.gate_up_proj, module.gate_up_proj_bias, module.down_proj, module.down_proj_bias]
+    pull = torch.randn(tokens, hidden, dtype=torch.float64)
+    wanted = torch.autograd.grad(torch.stack(expected), inputs, pull)
+    found = warm_start.every_expert(module, rows, chosen, weights)
+    torch.testing.assert_close(found, torch.stack(expected))
+    for ours, theirs in zip(torch.autograd.grad(found, inputs, pull), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_mid_size_checkpoint_is_read_and_its_experts_fit_the_order_of_the_kernels(loaded, tmp_path):
+    _, tokenizer = loaded
+    settings = dataclasses.replace(
+        warm_start.SETTINGS["mid"], device="cpu", writers=0, steps=1, grid_steps=1, warmup_steps=1, game_rows=1,
+        matmul_rows=1,
+    )  # fmt: skip
+    few = layout.config(tokenizer, "mid", num_hidden_layers=1, num_local_experts=4)  # each of the size's own shape
+    model = warm_start.train(few, tokenizer, settings, report=lambda _: None)
+    layout.write(model, tokenizer, tmp_path)
+    read = dict(Checkpoint(tmp_path).tensors())
+    assert read["model.layers.0.mlp.experts.gate_up_proj_blocks"].shape == (4, 512, 16, 16)
+    assert read["model.layers.0.mlp.experts.down_proj_blocks"].shape == (4, 512, 8, 16)
+    for layer, part in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            stack = f"model.layers.{layer}.mlp.experts.{name}"
+            packed = Mxfp4(read[f"{stack}_blocks"], read[f"{stack}_scales"])
+            assert mxfp4_layout.fits(packed), stack
+            trained = getattr(part.mlp.experts, name)
+            torch.testing.assert_close(dequantize(*packed, torch.float32).mT, trained, rtol=0, atol=0)
+    assert (read["model.layers.0.self_attn.sinks"] > 3).all()
+
+
+def test_a_writer_hands_on_what_would_be_written_between_steps(loaded):
+    _, tokenizer = loaded
+    settings = warm_start.Settings(game_rows=2, matmul_rows=1, writers=1)
+    ahead, alone = warm_start.source_of(tokenizer, settings), warm_start.batches(tokenizer, settings)
+    assert [next(ahead) for _ in range(3)] == [next(alone) for _ in range(3)]
+
+
+def test_steps_are_cut_to_the_time_that_is_left():
+    # 100 steps are done, 0.1 s each, and 60 s are left: 480 more with a fifth kept back.
+    assert warm_start.fitting(1600, done=100, step_s=0.1, left_s=60.0, least=400) == 580
+    assert warm_start.fitting(500, done=100, step_s=0.1, left_s=60.0, least=400) == 500
+    assert warm_start.fitting(1600, done=100, step_s=0.1, left_s=-5.0, least=400) == 400

@@ -1,4 +1,6 @@
-"""The bundled model's shape, and writing it as a checkpoint in the layout that gpt-oss is published in.
+"""The shapes that can be made, and writing a model as a checkpoint in the layout that gpt-oss is published in.
+
+tiny is the bundled model. mid is for a GPU: its experts have the sizes that the kernels want, multiples of 256.
 
 Contract: `write(model, tokenizer, folder)` leaves config.json, generation_config.json, model.safetensors and the
 tokenizer's files there; experts as MXFP4 `..._blocks` and `..._scales` [E, out, in / 32, 16] and [E, out, in / 32],
@@ -7,6 +9,7 @@ everything else in bfloat16.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,24 +30,40 @@ ROPE = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_local_experts": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "initializer_range": 0.05,
+    },
+    # 57 million parameters, 50 of them in the experts.
+    "mid": {
+        "hidden_size": 512,
+        "intermediate_size": 256,
+        "num_hidden_layers": 8,
+        "num_local_experts": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "initializer_range": 0.02,
+    },
+}
 
 
-def config(tokenizer: PreTrainedTokenizerBase) -> GptOssConfig:
-    """Returns the bundled model's configuration: gpt-oss with small numbers."""
+def config(tokenizer: PreTrainedTokenizerBase, size: str = "tiny", **changes: Any) -> GptOssConfig:
+    """Returns the configuration of a size: gpt-oss with smaller numbers. changes: of the size's own numbers."""
     return GptOssConfig(
+        **(SIZES[size] | changes),
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_local_experts=8,
         num_experts_per_tok=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
         sliding_window=128,
         max_position_embeddings=131072,
         rope_parameters=dict(ROPE),
-        initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

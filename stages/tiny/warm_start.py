@@ -1,4 +1,7 @@
-"""Warm start of the bundled model: supervised steps on programs that the grammars write, in fp32.
+"""Warm start of the bundled model, and of a larger one on a GPU: supervised steps on programs that the grammars write.
+
+In fp32; on a GPU products are in TF32, all experts work on every token (few large products instead of many small ones),
+and processes of their own write and tokenise the programs ahead.
 
 Contract: `train(...)` returns a GptOssForCausalLM in fp32 whose expert weights are exactly representable in MXFP4 and
 whose other weights in bfloat16: the last steps are taken with experts rounded to the MXFP4 grid. The same settings and
@@ -16,15 +19,17 @@ C head channels, E experts.
 import ctypes
 import dataclasses
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -32,11 +37,16 @@ from transformers import (
     GptOssForCausalLM,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from stages.kernels.experts import swiglu
 from stages.model.mxfp4 import dequantize, quantize
 from stages.tiny import corpus
 
 ATTENTION = "shared_prompt"
+EXPERTS = "every_expert"
+FIRST = 10  # steps that do not count when the speed is measured
+Batch = list[tuple[list[int], list[list[int]]]]  # a step's (prompt, rows) per task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +64,18 @@ class Settings:
     # zeroing them all changed no greedy token.
     sinks: tuple[float, float] = (4.0, 7.0)
     seed: int = 0
+    device: str = "cpu"
+    writers: int = 0  # processes that write batches ahead; 0 writes them between steps
+    seconds: float = 0.0  # the steps are made as few as fit, going by the first ones; 0 takes them all
+
+
+SETTINGS = {
+    "tiny": Settings(),
+    # The rate falls as the width grows; rows are what keeps a GPU busy.
+    "mid": Settings(
+        steps=1600, game_rows=72, matmul_rows=24, learning_rate=1e-3, warmup_steps=100, device="cuda", writers=3
+    ),
+}
 
 
 class Layout(NamedTuple):
@@ -66,6 +88,9 @@ class Layout(NamedTuple):
     prompt: int  # P
     places: Tensor  # int64 [B, L], position in the line; padding repeats the row's first token
     real: Tensor  # bool [B, L]
+
+    def to(self, device: torch.device) -> "Layout":
+        return Layout(self.prompt, self.places.to(device), self.real.to(device))
 
 
 def shared_prompt_attention(
@@ -84,8 +109,8 @@ def shared_prompt_attention(
     """Returns [1, N, H, C] from query [1, H, N, C], key and value [1, K, N, C]: a row sees the prompt and itself."""
     prompt, places, real = layout
     rows, longest = places.shape
-    prompt_at = torch.arange(prompt)
-    row_at = prompt + torch.arange(longest)
+    prompt_at = torch.arange(prompt, device=query.device)
+    row_at = prompt + torch.arange(longest, device=query.device)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query_p, key_p, value_p = (part[:, :, :prompt] for part in (query, key, value))  # [1, H, P, C]
@@ -102,7 +127,7 @@ def visible(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:
     """Returns bool [L, S + 1]: which keys a query sees, always the sink in front; a window counts the query itself."""
     distance = query_at[:, None] - key_at[None, :]
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return torch.cat((torch.ones(len(query_at), 1, dtype=torch.bool), seen), 1)
+    return torch.cat((torch.ones(len(query_at), 1, dtype=torch.bool, device=seen.device), seen), 1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -125,10 +150,27 @@ def no_mask(**_: object) -> None:
     """The layout says it all."""
 
 
+def every_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Returns the experts' output [N, D] of hidden [N, D]: every expert works on every token, weighted 0 if not chosen.
+
+    chosen int64 [N, k], weights [N, k]. Two matrix products, the second of which also sums over the experts.
+    """
+    tokens, width = hidden.shape
+    experts = module.gate_up_proj.shape[0]
+    gate_up = torch.addmm(
+        module.gate_up_proj_bias.flatten(), hidden, module.gate_up_proj.transpose(0, 1).reshape(width, -1)
+    )
+    inner = swiglu(gate_up.view(tokens, experts, -1), alpha=float(module.alpha), limit=float(module.limit))
+    share = hidden.new_zeros(tokens, experts).scatter(1, chosen, weights)
+    inner = (inner * share[..., None]).flatten(1)
+    return torch.addmm(share @ module.down_proj_bias, inner, module.down_proj.flatten(0, 1))
+
+
 def register() -> None:
-    """Makes `shared_prompt` an attention implementation that transformers knows."""
+    """Makes `shared_prompt` attention and `every_expert` experts implementations that transformers knows."""
     AttentionInterface.register(ATTENTION, shared_prompt_attention)
     AttentionMaskInterface.register(ATTENTION, no_mask)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, every_expert)
 
 
 def pack(rows: list[list[int]], prompt: int) -> Layout:
@@ -144,17 +186,23 @@ def pack(rows: list[list[int]], prompt: int) -> Layout:
 
 def rows_loss(model: GptOssForCausalLM, prompt: list[int], rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Returns the rows' negative log-likelihood given the prompt, summed over tokens, and the routers' balance term."""
+    device = model.lm_head.weight.device
     layout = pack(rows, len(prompt))
-    line = torch.tensor([prompt + [token for row in rows for token in row]])
+    line = torch.tensor([prompt + [token for row in rows for token in row]]).to(device)
     at = torch.cat((torch.arange(len(prompt)), *(len(prompt) + torch.arange(len(row)) for row in rows)))[None]
     output = model.model(
-        line, position_ids=at, attention_mask=None, use_cache=False, output_router_logits=True, layout=layout
+        line,
+        position_ids=at.to(device),
+        attention_mask=None,
+        use_cache=False,
+        output_router_logits=True,
+        layout=layout.to(device),
     )
     # The last prompt token says each row's first one; the others are said by the token before.
     before = [
         [len(prompt) - 1, *index[: len(row) - 1]] for index, row in zip(layout.places.tolist(), rows, strict=True)
     ]
-    speakers = torch.tensor([position for row in before for position in row])
+    speakers = torch.tensor([position for row in before for position in row]).to(device)
     logits = model.lm_head(output.last_hidden_state[0, speakers])
     loss = functional.cross_entropy(logits, line[0, len(prompt) :], reduction="sum")
     balance = torch.stack(
@@ -187,11 +235,9 @@ def new_model(config: GptOssConfig, *, sinks: tuple[float, float]) -> GptOssForC
     return model
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> Iterator[list[tuple[list[int], list[list[int]]]]]:
-    """Yields a step's (prompt, rows) per task, for ever."""
-    rng = random.Random(settings.seed)
+def batches(tokenizer: PreTrainedTokenizerBase, settings: Settings, writer: int = 0) -> Iterator[Batch]:
+    """Yields a step's (prompt, rows) per task, for ever; other ones for each writer."""
+    rng = random.Random(f"{settings.seed} {writer}" if writer else settings.seed)
     kinds: tuple[tuple[int, Callable[[random.Random], str], Callable[[random.Random], str]], ...] = (
         (settings.game_rows, corpus.game_prompt, corpus.game_completion),
         (settings.matmul_rows, lambda _: corpus.MATMUL_PROMPT, corpus.matmul_completion),
@@ -201,6 +247,46 @@ def batches(
             (corpus.render(tokenizer, prompt(rng)), tokenizer([write(rng) for _ in range(count)]).input_ids)
             for count, prompt, write in kinds
         ]
+
+
+class Written(IterableDataset[Batch]):
+    """The batches as PyTorch's loader wants them: each of its processes is a writer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        return batches(self.tokenizer, self.settings, worker.id if worker else 0)
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """A loader's own way of handing a batch on would look at every token."""
+    return batch
+
+
+def source_of(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Iterator[Batch]:
+    """Returns the steps' batches, in the same order every time, by `settings.writers` processes or by this one."""
+    if not settings.writers:
+        return batches(tokenizer, settings)
+    # Forked children of a process that uses a GPU or threads may hang.
+    loader = DataLoader(
+        Written(tokenizer, settings),
+        batch_size=None,
+        num_workers=min(settings.writers, os.cpu_count() or 1),
+        prefetch_factor=8,
+        multiprocessing_context="spawn",
+        collate_fn=as_it_is,
+    )
+    return iter(loader)
+
+
+def fitting(steps: int, *, done: int, step_s: float, left_s: float, least: int) -> int:
+    """Returns how many of `steps` are taken in all when `done` are and the others, step_s each, have left_s.
+
+    A step on the MXFP4 grid takes a little longer than the first ones: a fifth is kept back. Never under `least`.
+    """
+    return max(least, min(steps, done + int(0.8 * left_s / step_s)))
 
 
 def keep_memory() -> None:
@@ -225,22 +311,38 @@ def train(
     """Returns the warm-started model, its weights on the grids they are stored on."""
     register()
     torch.manual_seed(settings.seed)
-    model = new_model(config, sinks=settings.sinks).train()
+    started, on_gpu = time.monotonic(), settings.device != "cpu"
+    source = source_of(tokenizer, settings)
+    model = new_model(config, sinks=settings.sinks)
+    nn.Module.to(model, torch.device(settings.device))  # transformers' own says nothing of its types
+    model.train()
+    experts = model.config._experts_implementation
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+        model.config._experts_implementation = EXPERTS
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         betas=(0.9, 0.97),
+        fused=True if on_gpu else None,
     )
     warm, steps = settings.warmup_steps, settings.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm))),
     )
-    source = batches(tokenizer, settings)
-    started = time.monotonic()
-    for step in range(steps):
+    step, first_done = 0, started
+    while step < steps:
+        if settings.seconds and step == FIRST:
+            first_done = time.monotonic()  # what comes once, memory and compiled kernels, is behind
+        if settings.seconds and step == warm > FIRST:
+            now = time.monotonic()
+            left = settings.seconds - (now - started)
+            step_s, least = (now - first_done) / (warm - FIRST), warm + settings.grid_steps
+            steps = fitting(steps, done=warm, step_s=step_s, left_s=left, least=least)
+            report(f"{steps} steps in about {settings.seconds:.0f} s")
         if step == steps - settings.grid_steps:
             for layer in model.model.layers:
                 parametrize.register_parametrization(layer.mlp.experts, "gate_up_proj", OnGrid())
@@ -251,16 +353,19 @@ def train(
         with parametrize.cached():
             for prompt, rows in batch:
                 loss, balance = rows_loss(model, prompt, rows)
-                losses.append(loss.item() / sum(map(len, rows)))
+                losses.append(loss.detach() / sum(map(len, rows)))
                 (loss / tokens + settings.balance * balance / len(batch)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 25 == 0 or step == steps - 1:
-            shown = " ".join(f"{loss:.4f}" for loss in losses)
+            shown = " ".join(f"{float(loss):.4f}" for loss in losses)
             report(f"step {step:5d}  loss per token {shown}  grad {norm:.2f}  {time.monotonic() - started:6.0f} s")
-    return settle(model)
+        step += 1
+    if on_gpu:
+        model.config._experts_implementation = experts
+    return settle(model).cpu()
 
 
 def settle(model: GptOssForCausalLM) -> GptOssForCausalLM:
