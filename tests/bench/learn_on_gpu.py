@@ -35,7 +35,7 @@ from flows.progress import Lines
 from flows.train import go_on, working
 from stages.artifacts import RunDir, StageId, history
 from stages.artifacts.parquet import EVALUATIONS, METRICS, read_table
-from stages.bench.engine_report import rounded, today, write
+from stages.bench.results import rounded, today, write
 from stages.config import (
     EvaluateConfig,
     ExportConfig,
