@@ -243,7 +243,8 @@ class _Layer:
                 (self.packed.gate_up_lora, self.experts.gate_up_lora),
                 (self.packed.down_lora, self.experts.down_lora),
             ):
-                assert adapter is not None
+                if adapter is None:
+                    continue
                 rank = own.a.shape[1]
                 adapter.a[:, :rank] = own.a
                 rows = stored_rows(own.b.shape[1], interleaved=own is self.experts.gate_up_lora, device=own.b.device)
