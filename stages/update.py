@@ -57,7 +57,7 @@ def run(context: StageContext) -> None:
     if iteration > 0:
         step = restore_optimizer(context.input(StageId("update", iteration - 1)), policy, optimizer, scaler)
     store: LayerStore = context.session.get("layer store", lambda: LayerStore(policy.device))
-    options: dict[str, Any] = {"temperature": config.rollout.temperature, "replay_routes": update.replay_routes}
+    options: dict[str, Any] = {"temperature": config.rollout.temperature}
 
     def score(pack: Pack) -> TokenLogprobs:
         with torch.no_grad():
@@ -228,7 +228,7 @@ def engine_logprobs(pack: Pack, device: torch.device) -> Tensor:
 def warn_of_disagreement(iteration: int, engine_kl: float, chosen: str) -> None:
     """One line in the log, with the cure, where the engine sampled from another policy than the trainer's."""
     if not engine_kl <= MAX_ENGINE_KL:
-        cure = "update.replay_routes=true" if chosen != "none" else "update.correction=truncated"
+        cure = "model.dtype=float32" if chosen != "none" else "update.correction=truncated"
         log.warning(
             f"iteration {iteration}: engine and trainer disagree, engine_kl {engine_kl:.2g} is above {MAX_ENGINE_KL}; "
             f'try {cure}, see "When engine and trainer disagree" in README.md'

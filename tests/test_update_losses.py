@@ -153,7 +153,7 @@ def test_a_disagreement_of_engine_and_trainer_is_one_warning_with_its_cure(caplo
     assert "iteration 3" in first
     assert "0.02" in first
     assert "update.correction=truncated" in first
-    assert "update.replay_routes=true" in second
+    assert "model.dtype=float32" in second
     assert "\n" not in first + second
     heading = "## When engine and trainer disagree"
     assert heading in (Path(__file__).parents[1] / "README.md").read_text()
