@@ -191,21 +191,29 @@ def crash_leftovers(run: RunDir, *, but: str = "") -> int:
     from uuid import UUID
 
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterId,
+        TaskRunFilter,
+        TaskRunFilterState,
+        TaskRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import TERMINAL_STATES, StateType
     from prefect.states import Crashed
 
     message = "the process was killed; a later start goes on with the run"
+    # The server lists 200 at most, and a long run has more that are done.
+    states = TaskRunFilterStateType(any_=[each for each in StateType if each not in TERMINAL_STATES])
+    unfinished = TaskRunFilter(state=TaskRunFilterState(type=states))
     count = 0
     with get_client(sync_client=True) as client:
         wanted = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(each) for each in ids[-100:]]))
         for flow_run in client.read_flow_runs(flow_run_filter=wanted):
             if flow_run.state is None or flow_run.state.is_final():
                 continue
-            for task_run in client.read_task_runs(
-                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
-            ):
-                if task_run.state is not None and not task_run.state.is_final():
-                    client.set_task_run_state(task_run.id, Crashed(message=message), force=True)
+            of_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+            for task_run in client.read_task_runs(flow_run_filter=of_run, task_run_filter=unfinished):
+                client.set_task_run_state(task_run.id, Crashed(message=message), force=True)
             client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
             count += 1
     return count

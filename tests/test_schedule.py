@@ -4,8 +4,10 @@ PostgreSQL, the Prefect server, the deployments and the worker run with the comm
 reads from the file; only addresses differ. Stages are small ones (tests/small_stages.py), everything else is real.
 """
 
+import asyncio
 import base64
 import datetime
+import importlib
 import json
 import os
 import shutil
@@ -16,9 +18,11 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -69,6 +73,39 @@ def test_a_composition_without_a_password_is_refused() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "user:password" in done.stderr
+
+
+def test_serving_sees_the_end_of_a_run_behind_more_runs_than_a_server_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = importlib.import_module("flows.schedule")  # it imports Prefect
+
+    class Client:
+        """A server with 300 runs that ended and one more after a while, of which it lists 200."""
+
+        paused: Any = None
+        asked = 0
+
+        async def __aenter__(self) -> "Client":
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            pass
+
+        async def count_flow_runs(self, **_: Any) -> int:
+            self.asked += 1
+            return 300 if self.asked <= 3 else 301
+
+        async def read_flow_runs(self, **_: Any) -> list[None]:
+            return [None] * min(200, await self.count_flow_runs())
+
+        async def pause_deployment(self, deployment: Any) -> None:
+            self.paused = deployment
+
+    client, deployment = Client(), uuid.uuid4()
+    monkeypatch.setattr(schedule, "get_client", lambda: client)
+    monkeypatch.setattr(schedule, "POLL_S", 0.001)
+    asyncio.run(asyncio.wait_for(schedule.ended(mock.Mock(), deployment, 1), 10))
+    assert client.paused == deployment
+    assert client.asked > 3
 
 
 class Machine:
