@@ -16,6 +16,7 @@ from stages.artifacts import RunDir, Session, StageContext, StageId, execute
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, scores_schema, write_parts
 from stages.grpo import LOSSES
 from stages.model.policy import open_policy
+from stages.trainer import Pack, Sample, completion_logprobs
 
 SETTINGS = ["rollout.max_new_tokens=48", "train.iterations=1"]
 UPDATE = StageId("update", 0)
@@ -116,13 +117,15 @@ def test_every_loss_moves_the_policy_towards_what_was_rewarded(
     rollouts = read_table(run.folder(StageId("rollout", 0)), "rollouts", ROLLOUTS).to_pylist()
     before = rows(run, "samples")
     samples = [
-        update.Sample(row["completion_id"], row["prompt_ids"], row["completion_ids"], [], sample["advantage"])
+        Sample(row["completion_id"], tuple(row["prompt_ids"]), tuple(row["completion_ids"]), (), sample["advantage"])
         for row, sample in zip(rollouts, before, strict=True)
         if sample["advantage"] != 0
     ]
     trained = open_policy(context_of(run, session))
     assert trained.version == 1
-    now = update.score(trained, samples, 1.0).logprobs.split([len(sample.completion_ids) for sample in samples])
+    pack = Pack(tuple(samples))
+    with torch.no_grad():
+        now = completion_logprobs(trained, pack, temperature=1.0).logprobs.split(pack.lengths)
     old = [torch.tensor(row["policy_logprobs"]) for row in before if row["advantage"] != 0]
     gains = [
         float(new.mean() - was.mean()) * sample.advantage for new, was, sample in zip(now, old, samples, strict=True)
