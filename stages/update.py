@@ -38,6 +38,7 @@ from stages.grpo import (
 from stages.model.policy import live_policy
 from stages.trainer import LayerStore, Pack, Sample, TokenLogprobs, completion_logprobs, deal_packs
 from stages.trainer.optimizer import make_optimizer, make_scaler, restore_optimizer, save_optimizer
+from stages.trainer.plan import plan_update
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,6 @@ def run(context: StageContext) -> None:
     if iteration > 0:
         step = restore_optimizer(context.input(StageId("update", iteration - 1)), policy, optimizer, scaler)
     store: LayerStore = context.session.get("layer store", lambda: LayerStore(policy.device))
-    options: dict[str, Any] = {"temperature": config.rollout.temperature}
-
-    def score(pack: Pack) -> TokenLogprobs:
-        with torch.no_grad():
-            return completion_logprobs(policy, pack, **options)
-
-    started = time.perf_counter()
     last = {i for i, sample in enumerate(samples) if sample.completion_id in left_out}
     batches = [
         [
@@ -73,6 +67,15 @@ def run(context: StageContext) -> None:
         ]
         for order in deal(len(samples), update.steps, seed=derive("deal", config.train.seed, iteration), last=last)
     ]
+    longest = max(pack.num_tokens for batch in batches for pack in batch)
+    plan = plan_update(policy, longest, optimizer=update.optimizer, budget_bytes=update.memory_bytes)
+    options: dict[str, Any] = {"temperature": config.rollout.temperature, "plan": plan}
+
+    def score(pack: Pack) -> TokenLogprobs:
+        with torch.no_grad():
+            return completion_logprobs(policy, pack, **options)
+
+    started = time.perf_counter()
     # The first batch is trained on by the very policy that would score it: that pass gives its old log-probabilities.
     old: list[list[TokenLogprobs | None]] = [
         [score(pack) if index else None for pack in batch] for index, batch in enumerate(batches)
@@ -127,15 +130,16 @@ def run(context: StageContext) -> None:
         parameters = [parameter for _, parameter in policy.parameters()]
         if total.tokens:
             scaler.unscale_(optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm)
+        if total.tokens:
+            scaler.step(optimizer)
+            scaler.update()
+        grad_norm = float(norm)  # waits for the card, so it comes last; nothing is saved of a step that went wrong
         if not math.isfinite(grad_norm) and not scaler.is_enabled():  # which would skip the step and scale less
             raise UserError(
                 f"the gradient of iteration {iteration}, step {index} is not finite",
                 "lower update.learning_rate, or use model.dtype=float32 or bfloat16; the last good checkpoint is kept",
             )
-        if total.tokens:
-            scaler.step(optimizer)
-            scaler.update()
         entropy /= agreement.tokens
         means = total.means()
         rows.append(

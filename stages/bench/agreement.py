@@ -160,11 +160,13 @@ def routes_of(completion: Completion, device: torch.device) -> Tensor | None:
 
 
 def scored(training: Training, sample: Any) -> Scored:
-    """The trainer's view of one completion alone in its pack, without gradients; with the sample's routes, by them."""
+    """The trainer's view of one completion alone in its pack, without gradients; with the sample's routes, by them.
+    Routes are those it went by.
+    """
     (pack,) = training.trainer.pack([sample], len(sample.prompt_ids) + len(sample.completion_ids))
     routes: list[Tensor] = []
     logprobs = training.logprobs(pack, grad=False, replay_routes=sample.routes is not None, routes=routes)
-    return Scored(logprobs, torch.stack(routes, dim=1))
+    return Scored(logprobs, torch.stack(routes, dim=1) if sample.routes is None else sample.routes)
 
 
 @contextmanager
