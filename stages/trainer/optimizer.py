@@ -62,7 +62,7 @@ def save_optimizer(
     There is no generator state to keep: what is random in an update is derived from the seed and the iteration.
     """
     tensors = {
-        f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         for name, parameter in policy.parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor | int | float)
