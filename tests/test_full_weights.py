@@ -36,10 +36,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHICH = ("sinks", "router", "sinks+router")
 
 
-def make_policy(folder: Path, which: str = "sinks+router", dtype: torch.dtype = torch.float32) -> Policy:
+def make_policy(
+    folder: Path, which: str = "sinks+router", dtype: torch.dtype = torch.float32, *, device: str = "cpu"
+) -> Policy:
     """As it is before training; `moved` trains it."""
-    experts = "dequantized" if DEVICE == "cpu" else "mxfp4"
-    model = build(Checkpoint(folder), experts=experts, dtype=dtype, device=DEVICE)
+    experts = "dequantized" if device == "cpu" else "mxfp4"
+    model = build(Checkpoint(folder), experts=experts, dtype=dtype, device=device)
     sizes = {"lora_rank": 4, "lora_alpha": 8.0, "seed": 0, "source": str(folder), "checkpoint_digests": {}}
     return Policy(model, None, **sizes, also_train=which)  # type: ignore[arg-type]
 
@@ -68,7 +70,7 @@ def values(policy: Policy) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: tuple[int, ...]) -> Tensor:
-    found: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0]
+    found: Tensor = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
     return found
 
 
@@ -205,7 +207,7 @@ def test_the_gpu_engines_step_reads_what_was_moved_since_it_was_made(dtype: torc
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA card")
 def test_captured_graphs_sample_from_what_was_moved_since(random_checkpoint: Path) -> None:
-    policy = make_policy(random_checkpoint, dtype=torch.bfloat16)
+    policy = make_policy(random_checkpoint, dtype=torch.bfloat16, device=DEVICE)
     requests = [
         Request(completion_id=str(i), prompt_ids=prompt_of(130 + i), sampling=SamplingParams(max_new_tokens=30, seed=i))
         for i in range(8)
@@ -239,6 +241,9 @@ def test_their_file_is_read_back_bit_for_bit_and_by_peft(which: str, random_chec
     ids = prompt_of(150)
     right, mine = (logits_of(model, ids).log_softmax(-1) for model in (peft, policy.model))
     assert (right - mine).abs().max() < 1e-4
+    if which == "router":  # as PEFT's modules_to_save, which it takes back
+        with peft.disable_adapter():
+            assert torch.equal(logits_of(peft, ids), logits_of(eager_model(random_checkpoint), ids))
     without = make_policy(random_checkpoint, "none")
     with pytest.raises(UserError, match="a tensor the model lacks") as caught:
         without.load_adapter(tmp_path, version=1)
