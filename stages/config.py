@@ -104,6 +104,8 @@ class UpdateConfig:
     # 8 bits need a GPU
     lora_dtype: Literal["float32", "bfloat16"] = "float32"
     # of adapters and their gradients
+    also_train: Literal["none", "sinks", "router", "sinks+router"] = "none"
+    # weights trained in full beside the adapters, in float32 and without weight decay
     max_grad_norm: float = 1.0
     # L2 norm the gradient is scaled down to
     weight_decay: float = 0.0

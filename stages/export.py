@@ -72,6 +72,7 @@ def judge_export(
         lora_rank=config.update.lora_rank,
         lora_alpha=config.update.lora_alpha,
         seed=config.train.seed,
+        also_train=config.update.also_train,
     )
     body: dict[str, Any] = {
         "kl_to_live": kl(live, [log_distributions(exported.model, probe) for probe in probes]),

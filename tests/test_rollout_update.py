@@ -1,5 +1,10 @@
 """rollout and update on the bundled model, with rewards made up from the programs' lengths: no sandbox needed."""
 
+import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ from stages.engine import Engine
 from stages.model.policy import Policy
 from stages.trainer import Pack, Sample, completion_logprobs
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = ["rollout.max_new_tokens=64", "train.iterations=2", "model.experts=dequantized", "update.kl=0.01"]
 
 
@@ -108,6 +114,43 @@ def test_an_update_that_fails_half_way_leaves_the_policy_as_it_was_for_the_next_
             with pytest.raises(UserError):
                 execute(run, config, ORDER[6], update.run, session)
         assert execute(run, config, ORDER[6], update.run, session).digest == finished[1]["update 1"]
+
+
+KILLED_AFTER_ITS_FIRST_STEP = """
+import os, signal
+from stages import update
+from stages.artifacts import command
+command.print_progress = lambda progress: os.kill(os.getpid(), signal.SIGKILL) if progress.done == 1 else None
+update.main()
+"""
+
+
+def test_an_update_killed_after_its_first_step_and_run_again_leaves_the_bytes_of_an_undisturbed_one(
+    finished: tuple[RunDir, dict[str, str]], tmp_path: Path
+) -> None:
+    stage = StageId("update", 1)
+    run = RunDir(shutil.copytree(finished[0].path, tmp_path / "run"))
+    quiet, folder = finished[0].folder(stage), run.folder(stage)
+    shutil.rmtree(folder)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    def process(*words: str) -> int:
+        command = [sys.executable, *words, "--run-dir", str(run.path), "--iteration", "1"]
+        return subprocess.run(command, cwd=ROOT, timeout=120).returncode
+
+    assert process("-c", KILLED_AFTER_ITS_FIRST_STEP) == -signal.SIGKILL
+    assert not folder.exists()
+    assert list(folder.parent.glob(".tmp-*"))  # it had begun
+    assert {path: path.read_bytes() for path in before} == before
+    assert process("-m", "stages.update") == 0
+    assert not list(folder.parent.glob(".tmp-*"))
+    written = {path.name for path in quiet.iterdir()}
+    assert {path.name for path in folder.iterdir()} == written
+    assert {"adapter_model.safetensors", "optimizer.safetensors", "state.json"} < written
+    for name in written - {"timings.parquet", "manifest.json"}:
+        assert (folder / name).read_bytes() == (quiet / name).read_bytes(), name
+    mine, theirs = (json.loads((each / "manifest.json").read_text()) for each in (folder, quiet))
+    assert mine["key"] == theirs["key"]
 
 
 def test_the_metrics_say_that_engine_and_trainer_agree_and_what_was_trained(

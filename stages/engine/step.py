@@ -197,6 +197,7 @@ class _Layer:
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype) -> None:
         attention = layer.self_attn
+        self.dtype = dtype
         self.window: int | None = attention.sliding_window
         self.scale = float(attention.scaling)
         self.sinks, self.norm = attention.sinks, layer.post_attention_layernorm.weight
@@ -276,7 +277,7 @@ class _Layer:
             deltas = [inner[:, index] @ self._factors[index].float().mT for index in range(3)]
             plain = plain.add_(torch.cat(deltas, dim=1), alpha=self.lora_scale)
         query, key, value = (part.unflatten(1, (-1, self.channels)) for part in plain.split(self.sizes, dim=1))
-        dtype = self.sinks.dtype
+        dtype = self.dtype
         return _rotated(query, cos, sin).to(dtype), _rotated(key, cos, sin).to(dtype), value.to(dtype).contiguous()
 
     def experts_prefill(self, normed: Tensor, top_k: int) -> Tensor:

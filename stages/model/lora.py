@@ -2,7 +2,9 @@
 
 Source: Hu et al. 2021, "LoRA"; the key layout is that of peft 0.21 for `target_modules` (linear layers) and
 `target_parameters` (stacked experts: A [r * E, in] expert-major, B [out, r * E] expert-minor; the gate_up wrapper lies
-under the down wrapper's `base_layer`, because PEFT wraps one parameter of a module after the other).
+under the down wrapper's `base_layer`, because PEFT wraps one parameter of a module after the other). Weights trained in
+full (full_weights.py) lie beside them under their own names: routers are `modules_to_save`; for sinks PEFT has no
+word, it loads them over the model's own and does not take them back in `disable_adapter`.
 
 Does not cover dropout, rank patterns, or DoRA.
 """
@@ -10,7 +12,7 @@ Does not cover dropout, rank patterns, or DoRA.
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -110,22 +112,25 @@ def peft_name(name: str) -> str:
         model.layers.0.mlp.experts.gate_up_lora.b ->
         base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight model.layers.0.mlp.experts.down_lora.b ->
         base_model.model.model.layers.0.mlp.experts.lora_B.weight
+        model.layers.0.self_attn.sinks       -> base_model.model.model.layers.0.self_attn.sinks
     """
     stem, factor = name.rsplit(".", 1)
+    if factor not in ("a", "b"):
+        return f"base_model.model.{name}"
     stem = stem.replace(".experts.gate_up_lora", ".experts.base_layer").replace(".experts.down_lora", ".experts")
     return f"base_model.model.{stem}.lora_{factor.upper()}.weight"
 
 
 def to_peft(name: str, tensor: Tensor) -> Tensor:
-    """A factor of ours as PEFT stores it; 2-D factors are the same, expert factors are flattened."""
-    if tensor.dim() == 2:
+    """A parameter of ours as PEFT stores it; expert factors [E, ..] are flattened, all others are the same."""
+    if tensor.dim() != 3:
         return tensor
     return tensor.flatten(0, 1) if name.endswith(".a") else tensor.permute(1, 2, 0).flatten(1)
 
 
 def from_peft(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     """The inverse of `to_peft`, for a parameter of the shape of `like`."""
-    if like.dim() == 2:
+    if like.dim() != 3:
         return tensor
     if name.endswith(".a"):
         return tensor.reshape(like.shape)
@@ -133,12 +138,14 @@ def from_peft(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(out_features, rank, num_experts).permute(2, 0, 1)
 
 
-def save_adapter(model: nn.Module, folder: Path, *, rank: int, alpha: float, base: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, which PEFT's `PeftModel.from_pretrained` loads."""
-    tensors = {
-        peft_name(name): to_peft(name, parameter.detach()).contiguous().cpu()
-        for name, parameter in lora_parameters(model)
-    }
+def save_adapter(
+    parameters: Sequence[tuple[str, nn.Parameter]], folder: Path, *, rank: int, alpha: float, base: str
+) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT's `PeftModel.from_pretrained` loads.
+
+    parameters: all that trains, with our names.
+    """
+    tensors = {peft_name(name): to_peft(name, parameter.detach()).contiguous().cpu() for name, parameter in parameters}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -152,20 +159,25 @@ def save_adapter(model: nn.Module, folder: Path, *, rank: int, alpha: float, bas
         "target_modules": list(ATTENTION_TARGETS),
         "target_parameters": list(EXPERT_TARGETS),
     }
+    if any(name.endswith(".router.weight") for name, _ in parameters):
+        config["modules_to_save"] = ["router"]
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Reads an adapter written by `save_adapter` (or by PEFT, with the same targets) into the model's LoRA.
+def load_adapter(parameters: Sequence[tuple[str, nn.Parameter]], folder: Path) -> None:
+    """Reads an adapter written by `save_adapter` (or by PEFT, with the same targets) into these parameters.
 
     Raises UserError naming the first tensor that is missing, too many or of another shape.
     """
     tensors = load_file(folder / "adapter_model.safetensors")
     with torch.no_grad():
-        for name, parameter in lora_parameters(model):
+        for name, parameter in parameters:
             key = peft_name(name)
             if key not in tensors:
-                raise UserError(f"the adapter in {folder} has no tensor {key}", "was it trained with the same targets?")
+                raise UserError(
+                    f"the adapter in {folder} has no tensor {key}",
+                    "was it trained with the same targets and the same update.also_train?",
+                )
             expected = to_peft(name, parameter.detach()).shape
             found = tensors.pop(key)
             if found.shape != expected:
@@ -174,5 +186,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             parameter.copy_(from_peft(name, found, parameter))
     if tensors:
         raise UserError(
-            f"the adapter in {folder} has a tensor the model lacks: {min(tensors)}", "is it of another model?"
+            f"the adapter in {folder} has a tensor the model lacks: {min(tensors)}",
+            "is it of another model, or trained with another update.also_train?",
         )

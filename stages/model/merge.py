@@ -97,6 +97,7 @@ def _merged(
     policy: Policy, checkpoint: Checkpoint, format: str, report: list[Requantized]
 ) -> Iterator[tuple[str, Tensor]]:
     changes, dtype = deltas(policy), FORMATS[format]
+    trained = dict(policy.full_weights.parameters())
     pending: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors():
         stem = name.removesuffix("_blocks").removesuffix("_scales")
@@ -122,6 +123,8 @@ def _merged(
                 yield stem, merged.mT.to(dtype).contiguous()
         elif name in changes:
             yield name, (tensor.float() + changes[name].matrix().cpu()).to(dtype)
+        elif name in trained:
+            yield name, trained[name].detach().cpu().to(dtype)
         else:
             yield name, tensor.to(dtype)
 
@@ -170,7 +173,8 @@ def set_residual(policy: Policy, exported: Policy, base: Checkpoint, stored: Che
     """Makes `exported`'s adapter the best low-rank correction towards `policy`: what re-quantising swallowed.
 
     Each matrix's residual (base + delta - what the export stores) is cut to the adapter's rank by a truncated singular
-    value decomposition (Eckart and Young 1936); expert by expert, in float32.
+    value decomposition (Eckart and Young 1936); expert by expert, in float32. Weights trained in full, which the export
+    rounds to 16 bits, are those of `policy`.
     """
     changes, room = deltas(policy), dict(exported.parameters())
     before, after = dict(_dense(base)), dict(_dense(stored))
@@ -187,6 +191,9 @@ def set_residual(policy: Policy, exported: Policy, base: Checkpoint, stored: Che
             b.zero_()
             a[..., :rank, :] = root.unsqueeze(-1) * right[..., :rank, :]
             b[..., :, :rank] = left[..., :, :rank] * root.unsqueeze(-2)
+    with torch.no_grad():
+        for name, parameter in policy.full_weights.parameters():
+            room[name].copy_(parameter)
 
 
 def _parameter_stem(name: str) -> str:

@@ -16,6 +16,7 @@ from stages.artifacts import StageContext, StageId, derive
 from stages.config import ModelConfig, UserError
 from stages.model import lora
 from stages.model.checkpoint import TORCH_DTYPES, Checkpoint, digests, locate
+from stages.model.full_weights import FullWeights
 from stages.model.gpt_oss import build
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ CPU_THREADS = 1
 
 
 class Policy:
-    """gpt-oss with LoRA on attention and experts.
+    """gpt-oss with LoRA on attention and experts, and with what also_train names trained in full beside it.
 
-    version counts the updates its adapter has had; 0 is untrained, and its deltas are exactly zero.
+    version counts the updates its adapter has had; 0 is untrained, and its deltas are exactly zero. Where methods say
+    adapter they mean full_weights, too.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Policy:
         source: str,
         checkpoint_digests: dict[str, str],
         lora_dtype: torch.dtype = torch.float32,
+        also_train: str = "none",
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.version = 0
@@ -54,10 +57,18 @@ class Policy:
         sinks: Any = model.model.layers[0].self_attn.sinks
         self.device, self.dtype = sinks.device, sinks.dtype
         lora.add_lora(model, rank=lora_rank, alpha=lora_alpha, dtype=lora_dtype, seed=self._seed)
+        self.full_weights = FullWeights(model, also_train)
 
     @classmethod
     def load(
-        cls, config: ModelConfig, *, lora_rank: int, lora_alpha: float, seed: int, lora_dtype: str = "float32"
+        cls,
+        config: ModelConfig,
+        *,
+        lora_rank: int,
+        lora_alpha: float,
+        seed: int,
+        lora_dtype: str = "float32",
+        also_train: str = "none",
     ) -> "Policy":
         """Reads and checks the checkpoint config.source names. Raises UserError naming what is wrong with it."""
         from transformers import AutoTokenizer
@@ -92,6 +103,7 @@ class Policy:
             source=config.source,
             checkpoint_digests=digests(folder),
             lora_dtype=TORCH_DTYPES[lora_dtype],
+            also_train=also_train,
         )
 
     @property
@@ -118,26 +130,29 @@ class Policy:
         return embedding(ids.to(embedding.weight.device)).to(self.device)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that train: the adapter's."""
-        return lora.lora_parameters(self.model)
+        """Names and parameters that train: the adapter's, then those of full_weights."""
+        return lora.lora_parameters(self.model) + self.full_weights.parameters()
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter in PEFT's layout."""
-        lora.save_adapter(self.model, folder, rank=self.lora_rank, alpha=self.lora_alpha, base=self.source)
+        lora.save_adapter(self.parameters(), folder, rank=self.lora_rank, alpha=self.lora_alpha, base=self.source)
 
     def load_adapter(self, folder: Path, *, version: int) -> None:
         """Makes the adapter in `folder` this policy's, as `version`."""
-        lora.load_adapter(self.model, folder)
+        lora.load_adapter(self.parameters(), folder)
         self.version = version
 
     def reset_adapter(self) -> None:
         """Back to version 0: the adapter as it was drawn from the seed."""
         lora.reset_lora(self.model, seed=self._seed)
+        self.full_weights.reset()
         self.version = 0
 
-    def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
         """Within it the policy is its base model: the reference of the KL term."""
-        return lora.adapter_disabled(self.model)
+        with lora.adapter_disabled(self.model), self.full_weights.disabled():
+            yield
 
     @contextlib.contextmanager
     def fixed_shape_experts(self) -> Iterator[None]:
@@ -155,7 +170,8 @@ class Policy:
         """Bytes of weights, packed ones as packed, without the adapter."""
         adapter = {id(parameter) for _, parameter in self.parameters()}
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(tensor.nbytes for tensor in tensors if id(tensor) not in adapter)
+        frozen = sum(tensor.nbytes for tensor in tensors if id(tensor) not in adapter)
+        return frozen + self.full_weights.base_bytes
 
 
 def open_policy(context: StageContext) -> Policy:
@@ -169,6 +185,7 @@ def open_policy(context: StageContext) -> Policy:
             lora_alpha=config.update.lora_alpha,
             seed=config.train.seed,
             lora_dtype=config.update.lora_dtype,
+            also_train=config.update.also_train,
         ),
     )
 

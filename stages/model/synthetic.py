@@ -59,6 +59,7 @@ def synthetic_policy(
     dense: str = "full",
     offload_embedding: bool = False,
     lora_dtype: torch.dtype = torch.float32,
+    also_train: str = "none",
 ) -> Policy:
     """A random model of `shape` on `device`, the same for equal arguments on equal devices.
 
@@ -91,6 +92,7 @@ def synthetic_policy(
         source=f"synthetic {shape.name}",
         checkpoint_digests={},
         lora_dtype=lora_dtype,
+        also_train=also_train,
     )
     randomise_lora(policy, generator=generator)
     return policy

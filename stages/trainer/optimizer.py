@@ -1,5 +1,5 @@
-"""AdamW over the adapter, in 32 bits or, on a card, with bitsandbytes' 8-bit moments; and what an update leaves of it
-for the next.
+"""AdamW over all that trains, in 32 bits or, on a card, with bitsandbytes' 8-bit moments; and what an update leaves of
+it for the next.
 """
 
 import json
@@ -17,17 +17,22 @@ EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 
 def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.Optimizer:
-    """The optimizer update.optimizer names over the adapter, whose parameters get gradients from now on.
+    """The optimizer update.optimizer names over the policy's parameters, which get gradients from now on.
 
-    Raises UserError for 8 bits without a card, or without bitsandbytes.
+    Weights trained in full do not decay: that would draw them to zero, not to the checkpoint's values. Raises
+    UserError for 8 bits without a card, or without bitsandbytes.
     """
     parameters = [parameter for _, parameter in policy.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
+    full = [parameter for _, parameter in policy.full_weights.parameters()]
+    groups: list[dict[str, Any]] = [{"params": parameters[: len(parameters) - len(full)]}]
+    if full:
+        groups.append({"params": full, "weight_decay": 0.0})
     settings: dict[str, Any] = {"lr": update.learning_rate, "weight_decay": update.weight_decay}
     if update.optimizer == "adamw":
         fused = policy.device.type == "cuda"
-        return torch.optim.AdamW(parameters, **settings, foreach=False, fused=fused)
+        return torch.optim.AdamW(groups, **settings, foreach=False, fused=fused)
     if policy.device.type != "cuda":
         raise UserError(f"update.optimizer={update.optimizer} needs a CUDA card", "use update.optimizer=adamw here")
     try:
@@ -36,7 +41,7 @@ def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.Optimize
         raise UserError(
             f"update.optimizer={update.optimizer} needs bitsandbytes", "pip install bitsandbytes, or use adamw"
         ) from None
-    made: torch.optim.Optimizer = getattr(bnb.optim, EIGHT_BIT[update.optimizer])(parameters, **settings)
+    made: torch.optim.Optimizer = getattr(bnb.optim, EIGHT_BIT[update.optimizer])(groups, **settings)
     return made
 
 
@@ -57,7 +62,7 @@ def save_optimizer(
     There is no generator state to keep: what is random in an update is derived from the seed and the iteration.
     """
     tensors = {
-        f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         for name, parameter in policy.parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor | int | float)
