@@ -10,10 +10,12 @@ Does not cover dropout, rank patterns, or DoRA.
 """
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import UserError
+from stages.kernels.trained_linear import Projection
 from stages.model.experts import ExpertLora, Experts
+from stages.model.nf4 import dense_weight
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -48,6 +52,16 @@ class LoraLinear(nn.Module):
         inner = F.linear(hidden, self.a.to(hidden.dtype)).flatten(0, -2)
         out.flatten(0, -2).addmm_(inner, self.b.mT.to(hidden.dtype), alpha=self.scale)
         return out
+
+
+def projection(layer: nn.Module) -> Projection:
+    """A linear layer of the model, with LoRA or without, as the trainer takes it."""
+    base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    a, b, scale = None, None, 0.0
+    if isinstance(layer, LoraLinear) and layer.adapter_enabled:
+        a, b, scale = layer.a, layer.b, layer.scale
+    bias = cast("Tensor | None", base.bias)
+    return Projection(functools.partial(dense_weight, base), bias, a, b, scale)
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dtype: torch.dtype, seed: int) -> None:

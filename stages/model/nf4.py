@@ -28,6 +28,17 @@ def nf4_layer(dense: nn.Linear) -> nn.Module:
     return packed.to(dense.weight.device)
 
 
+def dense_weight(layer: nn.Module) -> Tensor:
+    """A linear layer's weight [M, K], unpacked if it is in NF4."""
+    weight = cast(Tensor, layer.weight)
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    import bitsandbytes.functional as bnb
+
+    return cast(Tensor, bnb.dequantize_4bit(weight.data, state))
+
+
 class Nf4Head(nn.Module):
     """The unembedding [V, D] in NF4. `head[start:stop]` unpacks some rows; no more than CHUNK_ROWS ever are at once."""
 

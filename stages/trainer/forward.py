@@ -19,6 +19,8 @@ from stages.kernels.packed_attention import Groups, packed_attention
 from stages.kernels.rotary import rotate
 from stages.kernels.routing import trained_router_logits
 from stages.kernels.trained_experts import Tiling
+from stages.kernels.trained_linear import trained_linear
+from stages.model.lora import projection
 from stages.model.nf4 import Nf4Head
 from stages.model.policy import Policy
 from stages.trainer.offload import LayerStore
@@ -85,10 +87,15 @@ def completion_logprobs(
         chosen = None if replayed is None else replayed[:, index]
         blocks.append(_attention_block(layer, line))
         blocks.append(_experts_block(layer, chosen, routes, plan.experts, kept=recompute))
-    stream = policy.embed(tensors.ids).float()
+
+    def embed() -> Tensor:
+        return policy.embed(tensors.ids).float()
+
     if recompute:
-        stream = _Recomputed.apply(stream.requires_grad_(), blocks, eps, policy.dtype, store or LayerStore(device))
+        hook = torch.empty(0, device=device, requires_grad=True)
+        stream = _Recomputed.apply(hook, embed, blocks, eps, policy.dtype, store or LayerStore(device))
     else:
+        stream = embed()
         for block in blocks:
             stream = stream + block.run(rms_norm(stream, block.weight, dtype=policy.dtype, eps=eps), False)
     # an embedding's backward adds rows up in a fixed order
@@ -102,30 +109,46 @@ def completion_logprobs(
 
 class _Recomputed(torch.autograd.Function):
     """All blocks, of which each one's input alone is kept. Backward takes them one by one and adds the gradients of the
-    adapter to its parameters; none flows to the embedding.
+    adapter to its parameters; none flows to the embedding. `hook` is an empty tensor that wants a gradient, so that
+    there is a backward. The stream's gradient is updated in place.
     """
 
     @staticmethod
-    def forward(ctx, stream, blocks, eps, dtype, store):
+    def forward(ctx, hook, embed, blocks, eps, dtype, store):
         ctx.blocks, ctx.eps, ctx.dtype, ctx.store = blocks, eps, dtype, store
-        stream = stream.clone()
+        stream = embed()
         for index, block in enumerate(blocks):
-            store.put(index, stream.to(dtype, copy=True), num_layers=len(blocks))
+            store.put(index, stream.to(dtype, copy=True), num_tensors=len(blocks))
             stream += block.run(rms_norm(stream, block.weight, dtype=dtype, eps=eps), False)
         return stream
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
         for index, block in reversed(list(enumerate(ctx.blocks))):
             stream = ctx.store.take(index)
             normed = rms_norm(stream, block.weight, dtype=ctx.dtype, eps=ctx.eps).requires_grad_()
             with torch.enable_grad():
                 out = block.run(normed, True)
-            torch.autograd.backward(out, grad.to(out.dtype))
+                end = _Given.apply(out, [grad.to(out.dtype)])
             del out
+            torch.autograd.backward(end)
             add_rms_norm_grad(stream, block.weight, normed.grad, grad, eps=ctx.eps)
-        return None, None, None, None, None
+        return None, None, None, None, None, None
+
+
+class _Given(torch.autograd.Function):
+    """Where backward begins with the gradient in a list of one. It is taken out, so that its memory is free once used;
+    the arguments of torch.autograd.backward live until that returns.
+    """
+
+    @staticmethod
+    def forward(ctx, out, given):
+        ctx.given = given
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.given.pop(), None
 
 
 def _attention_block(layer: Any, line: _Line) -> _Block:
@@ -133,10 +156,10 @@ def _attention_block(layer: Any, line: _Line) -> _Block:
     channels = attention.head_dim
 
     def run(normed: Tensor, _only_backward: bool) -> Tensor:
-        query, key, value = (
-            project(normed).unflatten(1, (-1, channels))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        found = trained_linear(
+            normed, [projection(attention.get_submodule(name)) for name in ("q_proj", "k_proj", "v_proj")]
         )
+        query, key, value = (x.unflatten(1, (-1, channels)) for x in found)
         attended = packed_attention(
             rotate(query, line.cos, line.sin),
             rotate(key, line.cos, line.sin),
@@ -146,7 +169,7 @@ def _attention_block(layer: Any, line: _Line) -> _Block:
             window=attention.sliding_window,
             groups=line.groups,
         )
-        out: Tensor = attention.o_proj(attended.flatten(1))
+        (out,) = trained_linear(attended.flatten(1), [projection(attention.o_proj)])
         return out
 
     return _Block(layer.input_layernorm.weight, run)

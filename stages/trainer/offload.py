@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LayerStore:
-    """Keeps a tensor for each layer of one forward pass. `put` in order, `take` in the reverse order.
+    """Keeps the tensors of one forward pass. `put` in order, `take` in the reverse order.
 
     On the CPU it keeps the tensors themselves. The host's memory stays pinned for the next pass until `close`.
     """
@@ -21,12 +21,12 @@ class LayerStore:
         self._host: Tensor | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def put(self, index: int, tensor: Tensor, *, num_layers: int) -> None:
-        """Keeps layer `index`'s tensor; every layer's has the same shape."""
+    def put(self, index: int, tensor: Tensor, *, num_tensors: int) -> None:
+        """Keeps tensor `index` of so many; all have the same shape."""
         if self._side is None:
             self._kept[index] = tensor
             return
-        host = self._slab(index, tensor, num_layers)
+        host = self._slab(index, tensor, num_tensors)
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
             host.copy_(tensor, non_blocking=True)
@@ -34,7 +34,7 @@ class LayerStore:
         self._kept[index] = host
 
     def take(self, index: int) -> Tensor:
-        """Layer `index`'s tensor, which is forgotten; the one below it begins to come back."""
+        """Tensor `index`, which is forgotten; the one before it begins to come back."""
         if self._side is None:
             return self._kept.pop(index)
         self._fetch(index)
@@ -67,14 +67,14 @@ class LayerStore:
         tensor.record_stream(self._side)
         self._arriving[index] = (tensor, event)
 
-    def _slab(self, index: int, tensor: Tensor, num_layers: int) -> Tensor:
-        """The place of layer `index` in the host's memory, which grows when a pass needs more."""
+    def _slab(self, index: int, tensor: Tensor, num_tensors: int) -> Tensor:
+        """The place of tensor `index` in the host's memory, which grows when a pass needs more."""
         if index == 0:
             self._kept.clear()
             self._arriving.clear()
-        needed = num_layers * tensor.nbytes
+        needed = num_tensors * tensor.nbytes
         if self._host is None or self._host.nbytes < needed:
-            assert index == 0, "the layers' tensors differ in size"
+            assert index == 0, "the tensors differ in size"
             self.close()
             self._host = torch.empty(needed, dtype=torch.uint8)
             _checked(torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), needed, 0))
