@@ -104,6 +104,8 @@ class Crew:
         requests = device_requests(self.config.steps.gpus) if kind == "gpu" else []
         limit = self.config.steps.memory_bytes
         home, mounts, variables = surroundings(self.run, self.config)
+        # A tmpfs over a folder of the image gets that folder's mode, whatever is asked for: let it be the caller's.
+        memory = f"rw,exec,mode=1777,uid={os.getuid()},gid={os.getgid()}"
         options: dict[str, Any] = {
             "command": [str(self.run.path), "--sandboxes", SANDBOXES, "--image", image],
             "environment": {**variables, "HOME": home, "USER": "flexsink", "LOGNAME": "flexsink"},
@@ -124,7 +126,7 @@ class Crew:
                 read_only=True,
                 security_opt=["no-new-privileges:true"],
                 # Kernels are compiled, and loaded, below the temporary folder or the home.
-                tmpfs={"/tmp": "rw,exec,mode=1777", home: "rw,exec,mode=1777"},
+                tmpfs={"/tmp": memory, home: memory},
             ),
         }
         return StageContainer(

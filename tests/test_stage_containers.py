@@ -201,6 +201,33 @@ def test_a_stage_container_has_no_docker_no_network_no_rights_and_the_callers_ui
         assert sorted(sandbox["HostConfig"]["CapAdd"]) == ["KILL", "SETGID", "SETUID"]
 
 
+def test_a_stage_of_any_user_can_write_temporary_files_and_to_its_home(
+    run: RunDir, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "import os, tempfile\nassert os.getuid() == 4711\n"
+        "for folder in ('/tmp', os.environ['HOME']):\n    tempfile.TemporaryFile(dir=folder).close()\n"
+        "print('{\"done\": true}')\n"
+    )
+
+    def start(client: Any, image: str, **settings: Any) -> StageContainer:
+        settings["options"] |= {"entrypoint": ["python3", "-c", text], "command": []}
+        return StageContainer(client, image, **settings)
+
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    monkeypatch.setattr(os, "getgid", lambda: 4711)
+    monkeypatch.setattr(containers, "StageContainer", start)
+    for home in ("/home/somebody", "/tmp/somebody", "/var"):
+        monkeypatch.setenv("HOME", home)
+        with Crew(run, config) as crew:
+            crew.keep_sandboxes(False)
+            container = crew.start("score", {})
+            try:
+                container.ask(config, SCORE, silent)
+            finally:
+                container.discard()
+
+
 # What a sandbox's socket lets through.
 
 LOOK = """
