@@ -42,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def dispatch(arguments: Sequence[str] | None) -> int:
-    args = parser().parse_args(arguments)
+    top = parser()
+    args, late = top.parse_known_args(arguments)
+    # argparse takes positional words of one place only: `train tiny --runner docker train.seed=1` has two.
+    if late and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in late)):
+        top.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
     code: int = args.command(args)
     return code
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from flows import doctor
+from flows import cli, doctor
 from flows.config import resolved
 from flows.presets import preset
 from flows.steps import local
 from flows.train import loop
 from stages.artifacts import RunDir, Session
+from stages.config import UserError
 from tests import small_stages
 from tests.test_flow import Lines
 
@@ -123,6 +124,21 @@ def test_every_command_has_a_help(command: str) -> None:
 )
 def test_bad_words_are_one_error_and_one_hint(words: list[str], message: str, hint: str) -> None:
     assert_refused(flexsink(*words), message, hint)
+
+
+def test_settings_may_stand_before_and_behind_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "train_command", lambda args: seen.append(args) or 0)
+    words = ["train.seed=1", "--runner", "docker", "steps.gpus=none", "--run-dir", "run", "train.iterations=3"]
+    assert cli.dispatch(["train", "tiny", *words]) == 0
+    (args,) = seen
+    assert args.overrides == ["train.seed=1", "steps.gpus=none", "train.iterations=3"]
+    assert (args.preset, args.runner, args.run_dir) == ("tiny", "docker", Path("run"))
+    for wrong in (["--dry=1"], ["twice"], ["train.seed=2", "--dry"]):
+        with pytest.raises(UserError, match="unrecognized arguments: .*" + wrong[-1]):
+            cli.dispatch(["train", "tiny", "--runner", "docker", *wrong])
+    with pytest.raises(UserError, match=r"unrecognized arguments: train\.seed=1"):
+        cli.dispatch(["doctor", "train.seed=1"])
 
 
 def test_no_docker_is_said_before_anything_is_written(tmp_path: Path) -> None:
