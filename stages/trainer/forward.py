@@ -50,8 +50,8 @@ def completion_logprobs(
     """The policy's own view of a pack's completions, with gradients unless they are off.
 
     store: on a card, what keeps the layers' inputs; without one each pass makes its own. replay_routes: the samples'
-    recorded experts instead of the router's choice, weighted by its logits. routes: a list takes each layer's choices
-    int64 [T, k]. recompute: whether layers are computed again in backward; None is on a card, not on the CPU.
+    recorded experts instead of the router's choice, weighted by its logits. routes: a list takes each router's own
+    choices int64 [T, k], whether they are used or others replayed. recompute: whether layers are computed again in backward; None is on a card, not on the CPU.
     """
     device = policy.device
     tensors = pack.tensors(device)
@@ -107,9 +107,10 @@ def _layer(
         normed = _norm(stream, layer.input_layernorm.weight, eps, dtype)
         stream = stream + _attend(layer.self_attn, normed, line)
         normed = _norm(stream, layer.post_attention_layernorm.weight, eps, dtype)
-        weights, chosen = _route(layer.mlp.router, normed, None if line.routes is None else line.routes[:, index])
+        replayed = None if line.routes is None else line.routes[:, index]
+        weights, chosen, own = _route(layer.mlp.router, normed, replayed)
         if routes is not None and not only_backward:
-            routes.append(chosen)
+            routes.append(own)
         return stream + layer.mlp.experts.trained(normed, chosen, weights, only_backward=only_backward)
 
     return run
@@ -139,10 +140,12 @@ def _attend(attention: Any, normed: Tensor, line: _Line) -> Tensor:
     return out
 
 
-def _route(router: Any, normed: Tensor, replayed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights float32 [T, k] and experts int64 [T, k], of a token's largest logits or of the replayed experts."""
+def _route(router: Any, normed: Tensor, replayed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights float32 [T, k] and experts int64 [T, k], of a token's largest logits or of the replayed experts; and the
+    experts of its largest logits.
+    """
     if replayed is None:
         _, weights, chosen = router(normed)
-        return weights, chosen
+        return weights, chosen, chosen
     logits = F.linear(normed.float(), router.weight.float(), router.bias.float())
-    return logits.gather(-1, replayed).softmax(-1), replayed
+    return logits.gather(-1, replayed).softmax(-1), replayed, logits.topk(replayed.shape[-1]).indices
