@@ -1,12 +1,21 @@
 """The experts that the engine chose, recorded by it and used again by the update."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
+from flows.config import overridden
+from flows.presets import preset
+from stages import load, rollout, update
+from stages.artifacts import RunDir, Session, StageContext, StageId, execute
+from stages.artifacts.keys import STAGES, inputs_of, key_of, upstream_of
+from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, scores_schema, write_parts
+from stages.config import RunConfig
 from stages.engine import Completion, Engine, Request, SamplingParams
 from stages.engine import paged_run as paged_run_module
 from stages.engine.paged_engine import PagedEngine
@@ -114,3 +123,87 @@ def test_more_experts_than_a_byte_can_tell_apart_are_refused() -> None:
     assert row_shape(make_config(num_local_experts=256)) == (4, 4)
     with pytest.raises(ValueError, match="at most 256 experts a layer, not 257"):
         row_shape(make_config(num_local_experts=257))
+
+
+SETTINGS = ["rollout.max_new_tokens=24", "train.iterations=1", "update.kl=0.01", "update.replay_routes=true"]
+UPDATE = StageId("update", 0)
+recorded = update.routes_of
+
+
+def rewards_by_length(context: StageContext) -> None:
+    rows = read_table(context.input(StageId("rollout", 0)), "rollouts", ROLLOUTS).to_pylist()
+    scored = [
+        {
+            "completion_id": row["completion_id"],
+            "outcome": "ok",
+            "reward": len(set(row["completion_ids"])),
+            "reward_x": 0.0,
+        }
+        for row in rows
+    ]
+    write_parts(context.out, "scores", scored, scores_schema(["reward_x"]))
+
+
+def updated(run: RunDir, session: Session) -> dict[str, list[dict[str, Any]]]:
+    execute(run, run.config(), UPDATE, update.run, session)
+    schemas = {"metrics": METRICS, "samples": SAMPLES}
+    return {name: read_table(run.folder(UPDATE), name, schema).to_pylist() for name, schema in schemas.items()}
+
+
+def test_the_policy_is_updated_by_the_recorded_routes_and_compared_with_a_reference_by_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = (
+        RunDir.create(tmp_path / name, overridden(preset("tiny_test"), SETTINGS)) for name in ("run", "other")
+    )
+    functions = {"load": load.run, "rollout": rollout.run, "score": rewards_by_length}
+    with Session() as session:
+        for stage in (StageId("load"), StageId("rollout", 0), StageId("score", 0)):
+            execute(run, run.config(), stage, functions[stage.name], session)
+            shutil.copytree(run.folder(stage), other.folder(stage))
+        true = updated(run, session)
+        monkeypatch.setattr(update, "routes_of", lambda row, top_k: (recorded(row, top_k) + 1) % 8)
+        false = updated(other, session)
+    rollouts = read_table(run.folder(StageId("rollout", 0)), "rollouts", ROLLOUTS).to_pylist()
+    for row in rollouts:
+        assert len(row["routes"]) == (len(row["prompt_ids"]) + row["num_tokens"] - 1) * 4 * 4
+    for row in true["metrics"]:
+        assert 0 <= row["engine_kl"] < 1e-9
+        assert 0 <= row["routes_differ"] < 1e-4
+        assert row["grad_norm"] > 0
+    for row in false["metrics"]:
+        assert row["engine_kl"] > 0.01
+        assert row["routes_differ"] > 0.5
+    for ours, shifted, row in zip(true["samples"], false["samples"], rollouts, strict=True):
+        policy, reference, engine = (
+            torch.tensor(values)
+            for values in (ours["policy_logprobs"], ours["reference_logprobs"], row["engine_logprobs"])
+        )
+        assert (policy - engine).abs().max() < 1e-4
+        assert (policy - reference).abs().max() < 1e-4  # nothing is trained yet
+        assert shifted["reference_logprobs"] == ours["reference_logprobs"]
+        assert (torch.tensor(shifted["policy_logprobs"]) - policy).abs().max() > 0.01
+
+
+def test_without_replay_no_routes_are_recorded_and_none_are_said_to_differ(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", overridden(preset("tiny_test"), [*SETTINGS[:-1], "rollout.max_new_tokens=4"]))
+    functions = {"load": load.run, "rollout": rollout.run, "score": rewards_by_length}
+    with Session() as session:
+        for stage in (StageId("load"), StageId("rollout", 0), StageId("score", 0)):
+            execute(run, run.config(), stage, functions[stage.name], session)
+        tables = updated(run, session)
+    rollouts = read_table(run.folder(StageId("rollout", 0)), "rollouts", ROLLOUTS)
+    assert rollouts["routes"].null_count == len(rollouts) == 16
+    assert [row["routes_differ"] for row in tables["metrics"]] == [None, None]
+
+
+def test_rollout_and_update_are_made_again_when_the_key_changes_and_nothing_else_is() -> None:
+    off = RunConfig()
+    on = overridden(off, ["update.replay_routes=true"])
+    changed = []
+    for name in STAGES:
+        stage = StageId(name, 0 if name not in ("load", "export") else None, "mxfp4" if name == "export" else "")
+        digests = {each: "0" * 64 for each in upstream_of(stage)}
+        if key_of(inputs_of(stage, on, digests)) != key_of(inputs_of(stage, off, digests)):
+            changed.append(name)
+    assert changed == ["rollout", "update"]

@@ -51,7 +51,8 @@ def completion_logprobs(
 
     store: on a card, what keeps the layers' inputs; without one each pass makes its own. replay_routes: the samples'
     recorded experts instead of the router's choice, weighted by its logits. routes: a list takes each router's own
-    choices int64 [T, k], whether they are used or others replayed. recompute: whether layers are computed again in backward; None is on a card, not on the CPU.
+    choices int64 [T, k], whether they are used or others replayed. recompute: whether layers are computed again in
+    backward; None is on a card, not on the CPU.
     """
     device = policy.device
     tensors = pack.tensors(device)
