@@ -98,6 +98,8 @@ class UpdateConfig:
     # optimizer steps per iteration
     pack_tokens: int = 4096
     # tokens in one forward and backward pass, prompts counted once for a group; a longer completion goes alone
+    memory_bytes: int = 0
+    # of a GPU that an update may take, weights included, at most; 0 is all of it
     replay_routes: bool = False
     # the experts that the engine chose are recorded in the rollout and used again by the update
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
@@ -204,6 +206,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "update.correction_cap": (1.0, 1e6),
     "update.steps": (1, 100_000),
     "update.pack_tokens": (1, 100_000_000),
+    "update.memory_bytes": (0, 2**44),
     "update.max_grad_norm": (0.0, 1e9),
     "update.weight_decay": (0.0, 1e6),
     "update.lora_rank": (1, 65_536),

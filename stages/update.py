@@ -39,6 +39,7 @@ from stages.grpo import (
 from stages.model.policy import live_policy
 from stages.trainer import LayerStore, Pack, Sample, completion_logprobs, deal_packs
 from stages.trainer.optimizer import make_optimizer, make_scaler, restore_optimizer, save_optimizer
+from stages.trainer.plan import plan_update
 from stages.trainer.routes import other_experts
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class Scored(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
-    differing: int | None  # (token, layer) pairs whose experts the trainer would choose otherwise; None: not recorded
+    # int64 [], (token, layer) pairs whose experts the trainer would choose otherwise; None: not recorded
+    differing: Tensor | None
 
 
 def run(context: StageContext) -> None:
@@ -68,24 +70,6 @@ def run(context: StageContext) -> None:
     if iteration > 0:
         step = restore_optimizer(context.input(StageId("update", iteration - 1)), policy, optimizer, scaler)
     store: LayerStore = context.session.get("layer store", lambda: LayerStore(policy.device))
-
-    def computed(pack: Pack, *, replay: bool, store: LayerStore | None = None) -> Scored:
-        own: list[Tensor] = []
-        found = completion_logprobs(
-            policy,
-            pack,
-            temperature=config.rollout.temperature,
-            store=store,
-            replay_routes=replay,
-            routes=own if replay else None,
-        )
-        return Scored(*found, differing(pack, own) if replay else None)
-
-    def score(pack: Pack, *, replay: bool = update.replay_routes) -> Scored:
-        with torch.no_grad():
-            return computed(pack, replay=replay)
-
-    started = time.perf_counter()
     last = {i for i, sample in enumerate(samples) if sample.completion_id in left_out}
     batches = [
         [
@@ -95,6 +79,20 @@ def run(context: StageContext) -> None:
         ]
         for order in deal(len(samples), update.steps, seed=derive("deal", config.train.seed, iteration), last=last)
     ]
+    longest = max(pack.num_tokens for batch in batches for pack in batch)
+    plan = plan_update(policy, longest, optimizer=update.optimizer, budget_bytes=update.memory_bytes)
+    options: dict[str, Any] = {"temperature": config.rollout.temperature, "plan": plan}
+
+    def computed(pack: Pack, *, replay: bool, store: LayerStore | None = None) -> Scored:
+        own: list[Tensor] | None = [] if replay else None
+        found = completion_logprobs(policy, pack, store=store, replay_routes=replay, routes=own, **options)
+        return Scored(*found, None if own is None else differing(pack, own))
+
+    def score(pack: Pack, *, replay: bool = update.replay_routes) -> Scored:
+        with torch.no_grad():
+            return computed(pack, replay=replay)
+
+    started = time.perf_counter()
     # The first batch is trained on by the very policy that would score it: that pass gives its old log-probabilities.
     old: list[list[Scored | None]] = [
         [score(pack) if index else None for pack in batch] for index, batch in enumerate(batches)
@@ -148,20 +146,21 @@ def run(context: StageContext) -> None:
             agreement = agreement + Agreement.of(before.logprobs, engine)
             entropy += float(before.entropy.sum())
             if before.differing is not None:
-                rerouted += before.differing
+                rerouted += int(before.differing)
                 routed += pack.num_tokens * shape.num_hidden_layers
         parameters = [parameter for _, parameter in policy.parameters()]
         if total.tokens:
             scaler.unscale_(optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm)
+        if total.tokens:
+            scaler.step(optimizer)
+            scaler.update()
+        grad_norm = float(norm)  # waits for the card, so it comes last; nothing is saved of a step that went wrong
         if not math.isfinite(grad_norm) and not scaler.is_enabled():  # which would skip the step and scale less
             raise UserError(
                 f"the gradient of iteration {iteration}, step {index} is not finite",
                 "lower update.learning_rate, or use model.dtype=float32 or bfloat16; the last good checkpoint is kept",
             )
-        if total.tokens:
-            scaler.step(optimizer)
-            scaler.update()
         entropy /= agreement.tokens
         means = total.means()
         rows.append(
@@ -249,12 +248,12 @@ def routes_of(row: dict[str, Any], top_k: int) -> Tensor | None:
     return torch.frombuffer(bytearray(row["routes"]), dtype=torch.uint8).view(rows, -1, top_k)
 
 
-def differing(pack: Pack, own: list[Tensor]) -> int:
-    """How many (token, layer) pairs each layer's `own` choice int64 [T, k] routes to other experts than recorded."""
+def differing(pack: Pack, own: list[Tensor]) -> Tensor:
+    """int64 [], how many (token, layer) pairs each layer's `own` choice [T, k] sends elsewhere than was recorded."""
     recorded = pack.routes(own[0].device)
     assert recorded is not None
     counts = [other_experts(chosen, recorded[:, layer]).sum() for layer, chosen in enumerate(own)]
-    return int(torch.stack(counts).sum())
+    return torch.stack(counts).sum()
 
 
 def deal(count: int, steps: int, *, seed: int, last: Collection[int] = ()) -> list[list[int]]:

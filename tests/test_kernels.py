@@ -11,6 +11,7 @@ from stages.kernels.attention import Partial, apply_sinks, attend, merge, sink_a
 from stages.kernels.experts import Lora, experts, experts_fixed_shape
 from stages.kernels.launch import interpreted
 from stages.kernels.logprobs import Tile, token_logprobs
+from stages.kernels.norms import add_rms_norm_grad, rms_norm
 from stages.model.experts import DenseWeight, PackedWeight
 from stages.model.mxfp4 import dequantize, quantize
 
@@ -141,6 +142,27 @@ def test_the_clamp_and_the_interleaving_are_gpt_oss_s() -> None:
     gate_up = torch.tensor([[10.0, -9.0, -10.0, 1.0]], dtype=F64)
     expected = torch.tensor([[-42 / (1 + 6.697e-6), -20 / (1 + 2.4643e7)]], dtype=F64)
     torch.testing.assert_close(reference.swiglu(gate_up, alpha=1.702, limit=7.0), expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
+)
+def test_the_trainers_norm_and_its_gradient_equal_float64(path: Literal["auto", "triton"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 5, 24, generator=generator)
+    weight = torch.rand(24, generator=generator)
+    doubles = x.to(F64).requires_grad_()
+    expected = torch.nn.functional.rms_norm(doubles, (24,), weight.to(F64), 1e-5)
+    (right,) = torch.autograd.grad(expected, doubles, grad.to(F64))
+    x.requires_grad_()
+    found = rms_norm(x, weight, dtype=torch.float32, eps=1e-5, path=path)
+    (mine,) = torch.autograd.grad(found, x, grad)
+    torch.testing.assert_close(found.to(F64), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(mine.to(F64), right, atol=1e-6, rtol=1e-5)
+    total = torch.ones_like(x)
+    add_rms_norm_grad(x.detach(), weight, grad, total, eps=1e-5, path=path)
+    torch.testing.assert_close(total, mine + 1)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,16 @@ def test_packed_completions_and_their_gradients_equal_lone_ones(groups, window):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)  # the plain path's softmax is float32
 
 
+@pytest.mark.parametrize("groups", CASES, ids=str)
+@pytest.mark.parametrize("window", [None, 128, 50])
+def test_the_kernels_and_their_gradients_equal_lone_completions(groups, window):
+    given = drawn(groups, torch.float32)
+    expected = oracle([x.double() for x in given], window=window, groups=groups)
+    found = with_grads(packed_attention, given, window=window, groups=groups, path="triton")
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("groups", [*CASES, (Group(256, (128,)),), (Group(3),)], ids=str)
 @pytest.mark.parametrize("window", [None, 128, 50])
 def test_the_mask_lets_a_query_see_its_prompt_and_itself_and_its_lists_say_the_same(groups, window):

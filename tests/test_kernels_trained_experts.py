@@ -5,6 +5,7 @@ import torch
 
 from stages.kernels import reference, trained_experts
 from stages.kernels.experts import Lora
+from stages.kernels.trained_experts import ALL_AT_ONCE, Tiling
 from stages.model import mxfp4
 from stages.model.mxfp4_layout import relay
 from tests.test_kernels_experts import DEVICE, random_mxfp4
@@ -48,11 +49,11 @@ def layer(width, inner, rank, *, seed=0):
     return frozen, oracle, factors
 
 
-def ours(frozen):
+def ours(frozen, tiling=ALL_AT_ONCE):
     def compute(hidden, indices, weights, factors):
         loras = (Lora(factors[0], factors[1], SCALE), Lora(factors[2], factors[3], SCALE)) if factors else (None, None)
         return trained_experts.trained_experts(
-            hidden, indices, weights, frozen, gate_up_lora=loras[0], down_lora=loras[1]
+            hidden, indices, weights, frozen, gate_up_lora=loras[0], down_lora=loras[1], tiling=tiling
         )
 
     return compute
@@ -80,16 +81,15 @@ def values_and_grads(compute, hidden, indices, weights, factors, grad, dtype, we
     ("rows", "width", "inner", "rank", "experts"),
     [(20, 64, 64, 0, 5), (20, 128, 64, 6, 4), (1, 64, 64, 4, 2)],
 )
-def test_output_and_gradients_equal_float64_autograd(rows, width, inner, rank, experts, monkeypatch):
+def test_output_and_gradients_equal_float64_autograd(rows, width, inner, rank, experts):
     frozen, oracle, factors = layer(width, inner, rank)
     given = tokens(rows, width, experts=experts)
     expected = values_and_grads(oracle, *given[:3], factors, given[3], torch.float64)
-    monkeypatch.setattr(trained_experts, "ROWS", 12)
-    monkeypatch.setattr(trained_experts, "AT_ONCE", 3)
-    found = values_and_grads(ours(frozen), *given[:3], factors, given[3], torch.float32)
-    assert len(found) == len(expected) == (7 if rank else 3)
-    for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
-        assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max(), index
+    for tiling in (Tiling(rows=12, experts=3), ALL_AT_ONCE):
+        found = values_and_grads(ours(frozen, tiling), *given[:3], factors, given[3], torch.float32)
+        assert len(found) == len(expected) == (7 if rank else 3)
+        for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+            assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max(), index
 
 
 def test_gates_and_ups_beyond_the_limit_have_no_gradient():

@@ -16,7 +16,7 @@ from stages.engine import Engine, Request, SamplingParams
 from stages.model import lora
 from stages.model.checkpoint import Checkpoint, expected_shapes, locate
 from stages.model.gpt_oss import build
-from stages.update import Sample, completion_logprobs
+from stages.trainer import Pack, Sample, completion_logprobs, deal_packs
 from tests import network_watch
 from tests.random_gpt_oss import eager_model, make_config
 from tests.test_engine import make_policy, merged_eager, prompt_of
@@ -104,21 +104,17 @@ def test_engine_trainer_and_eager_agree_on_every_logprob(random_checkpoint: Path
         for index in range(8)
     ]
     completions = engine.run(requests)
-    samples = [
-        Sample(c.completion_id, list(c.prompt_ids), list(c.completion_ids), list(c.engine_logprobs), 0.0)
-        for c in completions
-    ]
+    samples = [Sample(c.completion_id, c.prompt_ids, c.completion_ids, c.engine_logprobs, 0.0) for c in completions]
+    (pack,) = deal_packs(samples, 10_000)
     with torch.no_grad():
-        trainer = completion_logprobs(policy, samples, 1.0).logprobs
-        for row, sample in enumerate(samples):
+        trainer = completion_logprobs(policy, pack, temperature=1.0).logprobs.split(pack.lengths)
+        for ours, sample in zip(trainer, pack.samples, strict=True):
             ids = torch.tensor([sample.prompt_ids + sample.completion_ids])
             logprobs = eager(ids, use_cache=False).logits[0].log_softmax(-1)
             places = torch.arange(len(sample.prompt_ids) - 1, ids.shape[1] - 1)
             right = logprobs[places, torch.tensor(sample.completion_ids)]
-            length = len(sample.completion_ids)
-            assert (trainer[row, :length] - right).abs().max() < 1e-4
+            assert (ours - right).abs().max() < 1e-4
             assert (torch.tensor(sample.engine_logprobs) - right).abs().max() < 1e-4
-            assert trainer[row, length:].abs().sum() == 0
 
 
 def test_peft_loads_our_adapter_and_gives_our_logits(random_checkpoint: Path, tmp_path: Path) -> None:
@@ -168,8 +164,8 @@ def test_only_the_adapter_trains(random_checkpoint: Path) -> None:
     trainable = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name, _ in policy.parameters()}
     assert len(trainable) == 4 * (4 + 2) * 2  # layers x (attention + experts) x factors
-    sample = Sample("a", list(prompt_of(9)), list(prompt_of(6)), [0.0] * 6, 1.0)
-    completion_logprobs(policy, [sample], 1.0).logprobs.sum().backward()
+    sample = Sample("a", tuple(prompt_of(9)), tuple(prompt_of(6)), (0.0,) * 6, 1.0)
+    completion_logprobs(policy, Pack((sample,)), temperature=1.0).logprobs.sum().backward()
     for name, parameter in policy.parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

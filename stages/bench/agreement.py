@@ -157,7 +157,9 @@ def samples_of(training: Training, completions: Sequence[Completion], case: Case
 
 
 def scored(training: Training, sample: Any) -> Scored:
-    """The trainer's view of one completion alone in its pack, without gradients; with the sample's routes, by them."""
+    """The trainer's view of one completion alone in its pack, without gradients; with the sample's routes, by them.
+    Routes are those it went by.
+    """
     (pack,) = training.trainer.pack([sample], len(sample.prompt_ids) + len(sample.completion_ids))
     own: list[Tensor] = []
     with experts_noted(training.policy.model) as used:

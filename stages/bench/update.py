@@ -121,7 +121,7 @@ def measure_setting(
     report.add("startup", about | made | memory.row())
     free_memory()
     about["cap_bytes"] = cap_memory(device, options.cap_bytes)
-    training = Training(policy, setting, trainer)
+    training = Training(policy, setting, trainer, memory_bytes=about["cap_bytes"] or 0)
     for layout in [layout for tokens in options.tokens for layout in (sequence(tokens), packed(tokens))]:
         note(f"{name}: {layout.mode} of {layout.tokens} tokens")
         report.attempt(
@@ -178,6 +178,7 @@ def measure_layout(training: Training, setting: Setting, layout: Layout, options
     return row_of(setting.shape, layout, parts) | {
         "completion_tokens": layout.trained_tokens,
         "packs": len(packs),
+        "experts_at_once": training.plan(max(pack.num_tokens for pack in packs)).experts.experts,
         "first_s": first,
         **held,
         **kernels,

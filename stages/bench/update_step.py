@@ -22,7 +22,8 @@ class Trainer(NamedTuple):
 
     sample: Callable[..., Any]  # stages.trainer.Sample
     pack: Callable[..., Sequence[Any]]  # (samples, pack_tokens)
-    completion_logprobs: Callable[..., Any]  # (policy, pack, temperature=, store=, replay_routes=, routes=)
+    completion_logprobs: Callable[..., Any]  # (policy, pack, temperature=, store=, replay_routes=, routes=, plan=)
+    plan: Callable[..., Any]  # (policy, tokens, optimizer=, budget_bytes=)
     store: Callable[..., Any]  # of a device; what keeps the layers' inputs from one step to the next
     make_optimizer: Callable[..., torch.optim.Optimizer]  # (policy, update)
     policy_loss: Callable[..., tuple[Tensor, Any]]  # (policy_logprobs, inputs, totals, update)
@@ -36,11 +37,13 @@ def own_trainer() -> Trainer:
     from stages.grpo import LossInputs, StepTotals, policy_loss
     from stages.trainer import LayerStore, Sample, completion_logprobs, deal_packs
     from stages.trainer.optimizer import make_optimizer
+    from stages.trainer.plan import plan_update
 
     return Trainer(
         sample=Sample,
         pack=deal_packs,
         completion_logprobs=completion_logprobs,
+        plan=plan_update,
         store=LayerStore,
         make_optimizer=make_optimizer,
         policy_loss=policy_loss,
@@ -106,7 +109,8 @@ def open_policy(setting: Setting, *, device: torch.device) -> Policy:
 class Training:
     """A policy, its optimizer, and the steps they take together."""
 
-    def __init__(self, policy: Policy, setting: Setting, trainer: Trainer) -> None:
+    def __init__(self, policy: Policy, setting: Setting, trainer: Trainer, *, memory_bytes: int = 0) -> None:
+        """memory_bytes: that an update may take of the card; 0 is all."""
         self.policy, self.trainer = policy, trainer
         self.update = trainer.config(
             loss=setting.loss,
@@ -114,10 +118,12 @@ class Training:
             lora_rank=setting.rank,
             lora_alpha=LORA_ALPHA_PER_RANK * setting.rank,
             optimizer=setting.optimizer,
+            memory_bytes=memory_bytes,
         )
         self.optimizer = trainer.make_optimizer(policy, self.update)
         self._parameters = [parameter for _, parameter in policy.parameters()]
         self._store = trainer.store(policy.device)
+        self._plans: dict[int, Any] = {}
 
     def logprobs(
         self, pack: Any, *, grad: bool, replay_routes: bool = False, routes: list[Tensor] | None = None
@@ -125,11 +131,27 @@ class Training:
         """float32 [T] of all completion tokens of the pack. replay_routes: by the experts that the samples hold; routes
         takes each layer's choices int64 [T, k].
         """
+        plan = self.plan(pack.num_tokens)
         with torch.set_grad_enabled(grad):
             found: Tensor = self.trainer.completion_logprobs(
-                self.policy, pack, temperature=1.0, store=self._store, replay_routes=replay_routes, routes=routes
+                self.policy,
+                pack,
+                temperature=1.0,
+                store=self._store,
+                replay_routes=replay_routes,
+                routes=routes,
+                plan=plan,
             ).logprobs
         return found
+
+    def plan(self, tokens: int) -> Any:
+        """How packs of so many tokens keep within the budget."""
+        if tokens not in self._plans:
+            update = self.update
+            self._plans[tokens] = self.trainer.plan(
+                self.policy, tokens, optimizer=update.optimizer, budget_bytes=update.memory_bytes
+            )
+        return self._plans[tokens]
 
     def close(self) -> None:
         """Gives back what is kept from one step to the next, but for the optimizer's state."""

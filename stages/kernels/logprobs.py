@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens under a large vocabulary, without the [N, V] matrix ever existing whole.
 
-The vocabulary is gone through a tile at a time, in forward and again in backward: largest logit, sum of exponentials
-and entropy are carried along, as online softmax does (Milakov and Gimelshein 2018); no logits are kept. Source of the
+The vocabulary is gone through a tile at a time, once: largest logit, sum of exponentials, entropy and the gradient's
+direction are carried along, as online softmax does (Milakov and Gimelshein 2018); no logits are kept. Source of the
 idea for training: chunked cross-entropy (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models").
 """
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 
 class Unembedding(Protocol):
-    """A matrix [V, D] whose rows can be had some at a time: a tensor, or what unpacks them (stages/model/nf4.py)."""
+    """A matrix [V, D] whose rows are unpacked some at a time (stages/model/nf4.py)."""
 
     @property
     def shape(self) -> Any: ...
 
     def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+    def rows(self, indices: Tensor, /) -> Tensor: ...
 
 
 class Tile(NamedTuple):
@@ -27,52 +29,51 @@ class Tile(NamedTuple):
     columns: int
 
 
-TILE = Tile(4096, 8192)  # 134 MB
+TILE = Tile(4096, 8192)  # 134 MB, and 67 MB of exponentials in 16 bits
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """Where hidden needs a gradient, the mean row of the unembedding under each token's softmax is carried along too:
+    the gradient is the target's row less that one, so backward computes no logits.
+    """
+
     @staticmethod
     def forward(ctx, hidden, unembedding, targets, temperature, tile, triton):
-        num_rows = hidden.shape[0]
+        num_rows, width = hidden.shape
+        wanted = ctx.needs_input_grad[0]
         largest = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
         total, weighted, chosen = (torch.zeros_like(largest) for _ in range(3))
-        for rows, columns in _tiles(num_rows, unembedding.shape[0], tile):
-            logits = _logits(hidden[rows], unembedding[columns])
+        uphill = torch.empty_like(hidden) if wanted else None
+        for rows in _slices(num_rows, tile.rows):
             running = [x[rows] for x in (largest, total, weighted, chosen)]
-            _accumulate(logits, targets[rows], columns.start, temperature, *running, triton=triton)
+            mean = hidden.new_zeros(len(running[0]), width, dtype=torch.float32) if wanted else None
+            for columns in _slices(unembedding.shape[0], tile.columns):
+                weight = unembedding[columns]
+                logits = _logits(hidden[rows], weight)
+                shrink, exponentials = _accumulate(
+                    logits, targets[rows], columns.start, temperature, *running, dtype=hidden.dtype, triton=triton,
+                    wanted=wanted,
+                )  # fmt: skip
+                del logits
+                if mean is not None:
+                    torch.addcmul(_logits(exponentials, weight.mT), mean, shrink[:, None], out=mean)
+            if uphill is not None and mean is not None:
+                uphill[rows] = (_rows_of(unembedding, targets[rows]).float() - mean / running[1][:, None]) / temperature
         normalizers = largest + total.log()
         entropy = normalizers - weighted / total
-        ctx.save_for_backward(hidden, targets, normalizers)
-        ctx.unembedding, ctx.temperature, ctx.tile, ctx.triton = unembedding, temperature, tile, triton
+        ctx.save_for_backward(uphill)
         ctx.mark_non_differentiable(entropy)
         return chosen - normalizers, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, _grad_entropy):
-        hidden, targets, normalizers = ctx.saved_tensors
-        unembedding = ctx.unembedding
-        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        for rows, columns in _tiles(hidden.shape[0], unembedding.shape[0], ctx.tile):
-            weight = unembedding[columns]
-            logits = _logits(hidden[rows], weight)
-            grad_logits = _grad_of_logits(
-                logits,
-                targets[rows],
-                columns.start,
-                ctx.temperature,
-                normalizers[rows],
-                grad_logprobs[rows].contiguous(),
-                dtype=hidden.dtype,
-                triton=ctx.triton,
-            )
-            del logits
-            grad_hidden[rows] += _logits(grad_logits, weight.mT)
-        return grad_hidden.to(hidden.dtype), None, None, None, None, None
+        (uphill,) = ctx.saved_tensors
+        return (uphill.float() * grad_logprobs[:, None]).to(uphill.dtype), None, None, None, None, None
 
 
 def token_logprobs(
     hidden: Tensor,
-    unembedding: Unembedding,
+    unembedding: Unembedding | Tensor,
     targets: Tensor,
     *,
     temperature: float = 1.0,
@@ -83,7 +84,7 @@ def token_logprobs(
 
     hidden [N, D]; unembedding [V, D], frozen: no gradient reaches it; targets int64 [N]; logits are divided by
     `temperature`. Gradients flow through the log-probabilities, not through the entropy. Memory: a tile of logits and
-    of their gradient, and hidden's gradient in float32. Raises ValueError on a temperature that is not positive.
+    of their exponentials, and [N, D] for the gradient. Raises ValueError on a temperature that is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"log-probabilities need a temperature above 0, got {temperature}")
@@ -92,12 +93,15 @@ def token_logprobs(
     return logprobs, entropy
 
 
-def _tiles(num_rows: int, num_columns: int, tile: Tile) -> list[tuple[slice, slice]]:
-    return [
-        (slice(row, min(row + tile.rows, num_rows)), slice(column, min(column + tile.columns, num_columns)))
-        for row in range(0, num_rows, tile.rows)
-        for column in range(0, num_columns, tile.columns)
-    ]
+def _slices(size: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, size)) for start in range(0, size, at_once)]
+
+
+def _rows_of(unembedding: Unembedding | Tensor, targets: Tensor) -> Tensor:
+    """The targets' rows [n, D]."""
+    if isinstance(unembedding, Tensor):
+        return unembedding[targets]
+    return unembedding.rows(targets)
 
 
 def _logits(rows: Tensor, weight: Tensor) -> Tensor:
@@ -117,52 +121,34 @@ def _accumulate(
     weighted: Tensor,
     chosen: Tensor,
     *,
+    dtype: torch.dtype,
     triton: bool,
-) -> None:
-    """Adds a tile's columns, the vocabulary's from `first` on, to the four running figures of its rows, in place."""
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Adds a tile's columns, the vocabulary's from `first` on, to the four running figures of its rows, in place.
+
+    Returns what sums of earlier tiles are to be multiplied by, float32 [n], and the exponentials [n, M] in `dtype` that
+    this tile adds to `total`; these are not written unless wanted. `logits` is used up.
+    """
     if triton:
         from stages.kernels.triton_logprobs import accumulate_kernel
 
+        shrink = torch.empty_like(largest)
+        exponentials = torch.empty(logits.shape if wanted else (1, 1), dtype=dtype, device=logits.device)
         accumulate_kernel[(logits.shape[0],)](
-            logits, targets, largest, total, weighted, chosen, logits.shape[1], first, 1 / temperature,
-            BLOCK=2048, num_warps=8,
+            logits, targets, largest, total, weighted, chosen, shrink, exponentials, logits.shape[1], first,
+            1 / temperature, WANTED=wanted, BLOCK=2048, num_warps=8,
         )  # fmt: skip
-        return
+        return shrink, exponentials
     logits.div_(temperature)
     highest = torch.maximum(largest, logits.amax(-1))
     exponentials = torch.exp(logits - highest[:, None])
     shrink = torch.exp(largest - highest)
     total.mul_(shrink).add_(exponentials.sum(-1))
-    weighted.mul_(shrink).add_(exponentials.mul_(logits).sum(-1))
+    weighted.mul_(shrink).add_((exponentials * logits).sum(-1))
     largest.copy_(highest)
     at = targets - first
     here = (at >= 0) & (at < logits.shape[1])
     found = logits.gather(-1, at.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(-1)
     chosen.copy_(torch.where(here, found, chosen))
-
-
-def _grad_of_logits(
-    logits: Tensor,
-    targets: Tensor,
-    first: int,
-    temperature: float,
-    normalizers: Tensor,
-    grad: Tensor,
-    *,
-    dtype: torch.dtype,
-    triton: bool,
-) -> Tensor:
-    """The gradient [n, M] in `dtype` of a tile of undivided logits; `logits` is used up."""
-    if triton:
-        from stages.kernels.triton_logprobs import gradient_kernel
-
-        out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-        gradient_kernel[(logits.shape[0],)](
-            logits, targets, normalizers, grad, out, logits.shape[1], first, 1 / temperature, BLOCK=2048, num_warps=8
-        )
-        return out
-    found = logits.div_(temperature).sub_(normalizers[:, None]).exp_().neg_()
-    at = targets - first
-    here = ((at >= 0) & (at < found.shape[1])).to(found.dtype)
-    found.scatter_add_(-1, at.clamp(0, found.shape[1] - 1)[:, None], here[:, None])
-    return found.mul_(grad[:, None] / temperature).to(dtype)
+    return shrink, exponentials.to(dtype)

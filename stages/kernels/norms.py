@@ -1,11 +1,15 @@
 """What stands between a decoder's blocks: the residual stream in float32, and the RMS norm the next block reads.
 
-Every function updates `residual` float32 [N, D] in place and returns its norm [N, D] in the compute dtype, rounded once
-as transformers' GptOssRMSNorm does. Shapes as in the package's docstring.
+The engine's functions update `residual` float32 [N, D] in place and return its norm [N, D] in the compute dtype,
+rounded once as transformers' GptOssRMSNorm does; `rms_norm` and its backward are the trainer's. Shapes as in the
+package's docstring.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stages.kernels.launch import launch_options, power_of_two
 
@@ -74,3 +78,50 @@ def combine_norm(
         TOPK=routing.shape[1], PARTS=partials.shape[0], **launch_options(out, warps=8),
     )  # fmt: skip
     return out
+
+
+Path = Literal["auto", "triton"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, dtype: torch.dtype, eps: float, path: Path = "auto") -> Tensor:
+    """The norm [N, D] in `dtype` of x [N, D], worked out in float32; differentiable in x."""
+    out: Tensor = _RmsNorm.apply(x, weight, dtype, eps, path)
+    return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, dtype, eps, path):
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.path = eps, path
+        if not (x.is_cuda or path == "triton"):
+            return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+        from stages.kernels.triton_norms import norm_kernel
+
+        num_rows, width = x.shape
+        out = torch.empty(num_rows, width, dtype=dtype, device=x.device)
+        norm_kernel[(num_rows,)](x, weight, out, eps, D=width, DP=power_of_two(width), num_warps=8)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        add_rms_norm_grad(x, weight, grad, out, eps=ctx.eps, path=ctx.path)
+        return out.to(x.dtype), None, None, None, None
+
+
+def add_rms_norm_grad(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, *, eps: float, path: Path = "auto") -> None:
+    """Adds to out float32 [N, D] the gradient of x [N, D] that follows from the norm's."""
+    if x.is_cuda or path == "triton":
+        from stages.kernels.triton_norms import norm_backward_kernel
+
+        num_rows, width = x.shape
+        norm_backward_kernel[(num_rows,)](
+            x, weight, grad.contiguous(), out, eps, D=width, DP=power_of_two(width), num_warps=8
+        )
+        return
+    values, scaled = x.float(), grad.float() * weight.float()
+    inverse = (values.square().mean(-1, keepdim=True) + eps).rsqrt()
+    along = (values * scaled).mean(-1, keepdim=True) * inverse.square()
+    out.add_((scaled - values * along) * inverse)

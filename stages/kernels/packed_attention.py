@@ -14,6 +14,7 @@ Shapes: T tokens of the pack, H query heads, K key/value heads, C channels.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -91,7 +92,7 @@ def packed_attention(
     scale: float,
     window: int | None,
     groups: Groups,
-    path: Literal["auto", "flex", "plain"] = "auto",
+    path: Literal["auto", "triton", "flex", "plain"] = "auto",
 ) -> Tensor:
     """[T, H, C], differentiable in query [T, H, C], key and value [T, K, C] and sinks [H]; RoPE is applied already.
 
@@ -105,9 +106,12 @@ def packed_attention(
         sizes = ", ".join(str(tuple(x.shape)) for x in (query, key, value, sinks))
         raise ValueError(f"shapes of query, key, value and sinks do not fit {tokens} tokens: {sizes}")
     if path == "auto":
-        path = "flex" if query.is_cuda else "plain"
+        path = "triton" if query.is_cuda else "plain"
     if path == "plain":
         return _plain(query, key, value, sinks, scale=scale, window=window, groups=groups)
+    if path == "triton":
+        found: Tensor = _Packed.apply(query, key, value, sinks, scale, window or 0, groups)
+        return found
     mask, layout = mask_of(groups, window, query.device), layout_of(groups, query.device)
     padded = mask.first.shape[0]
     if layout is None:
@@ -118,6 +122,107 @@ def packed_attention(
     query, key, value = (_Gather.apply(x, layout.sources, layout.places) for x in (query, key, value))
     out: Tensor = _Scatter.apply(_compiled_flex(query, key, value, sinks, mask, scale), layout.places)
     return out
+
+
+class Blocks(NamedTuple):
+    """Of a kernel: tile sizes, and how it is launched."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+FORWARD = Blocks(128, 64, 4, 3)
+QUERY_GRADIENT = Blocks(128, 64, 8, 3)
+KEY_GRADIENT = Blocks(64, 128, 8, 3)
+
+
+class Tables(NamedTuple):
+    """What the kernels are told of the pack; int32 (triton_packed_attention.py)."""
+
+    segments: Tensor  # [S, 6]
+    forward_tiles: Tensor  # [n, 2]
+    query_tiles: Tensor
+    key_tiles: Tensor
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, scale, window, groups):
+        from stages.kernels.triton_packed_attention import forward_kernel
+
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        tokens, heads, channels = query.shape
+        tables = tables_of(groups, query.device)
+        out = torch.empty_like(query)
+        normalizers = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
+        ctx.sizes = {"H": heads, "K": key.shape[1], "C": channels, "WINDOW": window}
+        ctx.scale = scale * math.log2(math.e)
+        forward_kernel[(heads, len(tables.forward_tiles))](
+            query, key, value, sinks, tables.segments, tables.forward_tiles, out, normalizers, tokens, ctx.scale,
+            **ctx.sizes, **_launch(FORWARD),
+        )  # fmt: skip
+        ctx.tables = tables
+        ctx.save_for_backward(query, key, value, sinks, out, normalizers)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        from stages.kernels.triton_packed_attention import (
+            key_gradient_kernel,
+            query_gradient_kernel,
+            share_kernel,
+        )
+
+        query, key, value, sinks, out, normalizers = ctx.saved_tensors
+        grad, tables = grad.contiguous(), ctx.tables
+        tokens, heads, channels = query.shape
+        shares = torch.empty_like(normalizers)
+        share_kernel[(heads, -(-tokens // 64))](out, grad, shares, tokens, H=heads, C=channels, TOKENS=64)
+        of_query, of_key, of_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        given = (query, key, value, grad, normalizers, shares, tables.segments)
+        key_gradient_kernel[(key.shape[1], len(tables.key_tiles))](
+            *given, tables.key_tiles, of_key, of_value, tokens, ctx.scale, **ctx.sizes, **_launch(KEY_GRADIENT)
+        )
+        query_gradient_kernel[(heads, len(tables.query_tiles))](
+            *given, tables.query_tiles, of_query, tokens, ctx.scale, **ctx.sizes, **_launch(QUERY_GRADIENT)
+        )
+        of_sinks = None
+        if ctx.needs_input_grad[3]:  # a sink takes its part of the weights and gives no value
+            parts = torch.exp2(sinks.float()[:, None] * math.log2(math.e) - normalizers)
+            of_sinks = -(parts * shares).sum(1).to(sinks.dtype)
+        return of_query, of_key, of_value, of_sinks, None, None, None
+
+
+def _launch(blocks: Blocks) -> dict[str, int]:
+    return {"QUERIES": blocks.queries, "KEYS": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages}
+
+
+@functools.lru_cache(maxsize=MASKS_KEPT)
+def tables_of(groups: Groups, device: torch.device) -> Tables:
+    """The pack's segments, and the tiles of each kernel, those with the longest way to go first."""
+    rows: list[list[int]] = []
+    for group in groups:
+        at = len(rows)
+        prompt = rows[-1][0] + rows[-1][1] if rows else 0
+        rows.append([prompt, group.prompt, prompt, 0, at + 1, at + 1 + len(group.completions)])
+        for length in group.completions:
+            rows.append([rows[-1][0] + rows[-1][1], length, prompt, group.prompt, at, at])
+    lengths = [row[1] for row in rows]
+
+    def tiles(size: int) -> Tensor:
+        found = [(index, at) for index, length in enumerate(lengths) for at in range(0, length, size)]
+        return torch.tensor(found, dtype=torch.int32)
+
+    by_queries = {size: tiles(size).flip(0) for size in (FORWARD.queries, QUERY_GRADIENT.queries)}
+    made = (
+        torch.tensor(rows, dtype=torch.int32),
+        by_queries[FORWARD.queries],
+        by_queries[QUERY_GRADIENT.queries],
+        tiles(KEY_GRADIENT.keys),
+    )
+    return Tables(*(table.to(device).contiguous() for table in made))
 
 
 class _Gather(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stages.kernels.launch import launch_options, power_of_two
 
@@ -39,6 +40,37 @@ def router_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         **launch_options(hidden, warps=4),
     )  # fmt: skip
     return logits
+
+
+def trained_router_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `router_logits`, for many rows at once and with gradients. In 16 bits the float32 weight is taken as the sum
+    of two matrices of hidden's type, whose products tensor cores add up in float32: what is lost is 2^-17 of a weight.
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        out: Tensor = _RouterLogits.apply(hidden, weight, bias)
+        return out
+    return F.linear(hidden.float(), weight.float(), bias.float())
+
+
+class _RouterLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias):
+        ctx.save_for_backward(hidden, weight)
+        high = weight.to(hidden.dtype)
+        low = (weight.float() - high.float()).to(hidden.dtype)
+        both = torch.mm(hidden, torch.cat((high, low)).mT, out_dtype=torch.float32)
+        return both[:, : len(weight)] + both[:, len(weight) :] + bias.float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        narrow = grad.to(hidden.dtype)
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.mm(narrow.mT, hidden, out_dtype=torch.float32).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(0)
+        return narrow @ weight.to(hidden.dtype), of_weight, of_bias
 
 
 def route(logits: Tensor, *, top_k: int, tile: int) -> Routing:

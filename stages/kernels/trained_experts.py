@@ -1,15 +1,16 @@
 """Mixture of experts for training, straight from MXFP4: forward, and the gradients of the input, of the routing weights
 and of factored LoRA. The frozen weights have none.
 
-Tokens are taken ROWS at a time and experts AT_ONCE at a time; only those experts' matrices are unpacked, and unpacked
-again in backward. Of a layer nothing is kept but its input: backward computes gate_up again, and of down only what
-leads back, since a routing weight's gradient is that of SwiGLU's output times that output. LoRA rides in the frozen
-product: B stands in further columns of the unpacked matrix, A x in further columns of its rows, so that both sums are
-one, in float32.
+Tokens and experts are taken some at a time (Tiling); only those experts' matrices are unpacked, and unpacked again in
+backward. With all experts at once nothing waits for the card. Of a layer nothing is kept but its input: backward
+computes gate_up again, and of down only what leads back, since a routing weight's gradient is that of SwiGLU's output
+times that output. LoRA rides in the frozen product: B stands in further columns of the unpacked matrix, A x in further
+columns of its rows, so that both sums are one, in float32.
 
 Shapes as in the package's docstring, n rows of assigned tokens, R LoRA rank filled up to a multiple of 8.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,9 +21,19 @@ from torch.nn import functional as F
 from stages.kernels.experts import Lora
 from stages.kernels.packed_experts import Relaid, dequantize, stored_rows
 
-ROWS = 16_384  # tokens at once: 131 072 tokens' inner activations would be 6 GB
-AT_ONCE = 8  # experts at once: 0.4 GB of gpt-oss-20b's matrices in 16 bits
 RANK_TILE = 8  # columns of 16 bytes, which grouped products need
+
+
+class Tiling(NamedTuple):
+    """What is worked on at once: 131 072 tokens' inner activations would be 26 GB, and of gpt-oss-20b's matrices eight
+    experts are 0.4 GB in 16 bits.
+    """
+
+    rows: int = 16_384
+    experts: int = 32
+
+
+ALL_AT_ONCE = Tiling()
 
 
 class FrozenExperts(NamedTuple):
@@ -54,13 +65,14 @@ def trained_experts(
     *,
     gate_up_lora: Lora | None,
     down_lora: Lora | None,
+    tiling: Tiling = ALL_AT_ONCE,
     only_backward: bool = False,
 ) -> Tensor:
     """The weighted sum float32 [N, D] of each token's chosen experts.
 
     hidden [N, D] in the compute dtype; indices int64 [N, k]; weights float32 [N, k]; either both LoRAs or none.
-    only_backward: the result is not computed, its memory not written; for a checkpointed layer, whose backward needs
-    the graph alone.
+    only_backward: the result is not computed and has no memory; for a checkpointed layer, whose backward needs the
+    graph alone.
     """
     factors: tuple[Tensor | None, ...] = (None, None, None, None)
     scales = (0.0, 0.0)
@@ -68,66 +80,74 @@ def trained_experts(
         factors = (gate_up_lora.a, gate_up_lora.b, down_lora.a, down_lora.b)
         scales = (gate_up_lora.scale, down_lora.scale)
     hidden, indices, weights = hidden.contiguous(), indices.contiguous(), weights.contiguous()
-    out: Tensor = _TrainedExperts.apply(hidden, indices, weights, frozen, scales, only_backward, *factors)
+    out: Tensor = _TrainedExperts.apply(hidden, indices, weights, frozen, scales, tiling, only_backward, *factors)
     return out
 
 
 class _TrainedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, indices, weights, frozen, scales, only_backward, *factors):
+    def forward(ctx, hidden, indices, weights, frozen, scales, tiling, only_backward, *factors):
         ctx.save_for_backward(hidden, indices, weights, *factors)
-        ctx.frozen, ctx.scales = frozen, scales
-        out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+        ctx.frozen, ctx.scales, ctx.tiling = frozen, scales, tiling
+        out = torch.empty((), dtype=torch.float32, device=hidden.device).expand(hidden.shape)
         if not only_backward:
-            layer = _Layer(frozen, scales, factors, hidden.dtype)
-            for rows in _tiles(hidden.shape[0]):
+            out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+            layer = _Layer(frozen, scales, factors, hidden.dtype, tiling.experts)
+            for rows in _tiles(hidden.shape[0], tiling.rows):
                 layer.forward(hidden[rows], indices[rows], weights[rows], out[rows])
         return out
 
     @staticmethod
     def backward(ctx, grad):
         hidden, indices, weights, *factors = ctx.saved_tensors
-        layer = _Layer(ctx.frozen, ctx.scales, tuple(factors), hidden.dtype)
+        layer = _Layer(ctx.frozen, ctx.scales, tuple(factors), hidden.dtype, ctx.tiling.experts)
         grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(weights)
-        for rows in _tiles(hidden.shape[0]):
+        for rows in _tiles(hidden.shape[0], ctx.tiling.rows):
             layer.backward(
                 hidden[rows], indices[rows], weights[rows], grad[rows], grad_hidden[rows], grad_weights[rows]
             )
-        return grad_hidden, None, grad_weights, None, None, None, *layer.factor_grads()
+        return grad_hidden, None, grad_weights, None, None, None, None, *layer.factor_grads()
 
 
-class _Chunk(NamedTuple):
+class _Chunk:
     """The assignments of a tile's tokens to some experts."""
 
-    experts: slice
-    where: slice  # of the sorted assignments
-    counts: list[int]  # of each of these experts
-    ends: Tensor  # int32, on the device: where each one's rows end
+    def __init__(self, experts: slice, where: slice, counts: Tensor) -> None:
+        self.experts = experts
+        self.where = where  # of the sorted assignments
+        self._counts = counts  # of each of these experts, on the device
+        self.ends = counts.cumsum(0).to(torch.int32)  # where each one's rows end
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """Assignments of each expert. Waits for the card."""
+        found: list[int] = self._counts.tolist()
+        return found
 
 
 class _Sorted:
-    """A tile's assignments in the order of their experts. Waits for the card once."""
+    """A tile's assignments in the order of their experts."""
 
     def __init__(self, indices: Tensor, num_experts: int) -> None:
         """indices int64 [N, k]."""
         flat = indices.flatten()
-        self.assigned = flat.argsort(stable=True)  # token * k + choice
-        self.owner = flat[self.assigned]
+        self.assigned = flat.to(torch.uint8 if num_experts <= 256 else torch.int32).argsort(stable=True)
+        self.owner = flat[self.assigned]  # assigned: token * k + choice
         self.places = torch.empty_like(self.assigned)  # of each assignment among the sorted
         self.places[self.assigned] = torch.arange(len(flat), device=flat.device)
-        counts = torch.searchsorted(self.owner, torch.arange(num_experts + 1, device=flat.device)).diff()
-        self._counts, self._host_counts = counts, counts.tolist()
+        self._counts = torch.searchsorted(self.owner, torch.arange(num_experts + 1, device=flat.device)).diff()
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """Some experts at a time, those without tokens left out."""
-        start = 0
-        for first in range(0, len(self._host_counts), AT_ONCE):
-            experts = slice(first, first + AT_ONCE)
-            counts = self._host_counts[experts]
-            stop = start + sum(counts)
+    def chunks(self, at_once: int) -> Iterator[_Chunk]:
+        """So many experts at a time, those without tokens left out. Waits for the card unless they are all."""
+        if at_once >= len(self._counts):
+            yield _Chunk(slice(0, len(self._counts)), slice(0, len(self.owner)), self._counts)
+            return
+        counts, start = self._counts.tolist(), 0
+        for first in range(0, len(counts), at_once):
+            experts = slice(first, first + at_once)
+            stop = start + sum(counts[experts])
             if start < stop:
-                ends = self._counts[experts].cumsum(0).to(torch.int32)
-                yield _Chunk(experts, slice(start, stop), counts, ends)
+                yield _Chunk(experts, slice(start, stop), self._counts[experts])
             start = stop
 
 
@@ -182,9 +202,14 @@ class _Layer:
     """The layer's computation on tiles of tokens; gathers the factors' gradients."""
 
     def __init__(
-        self, frozen: FrozenExperts, scales: tuple[float, float], factors: tuple[Any, ...], dtype: torch.dtype
+        self,
+        frozen: FrozenExperts,
+        scales: tuple[float, float],
+        factors: tuple[Any, ...],
+        dtype: torch.dtype,
+        at_once: int,
     ) -> None:
-        self.frozen, self.dtype = frozen, dtype
+        self.frozen, self.dtype, self.at_once = frozen, dtype, at_once
         a1, b1, a2, b2 = factors
         self.gate_up = _Projection(frozen.gate_up, a1, b1, scales[0], dtype)
         self.down = _Projection(frozen.down, a2, b2, scales[1], dtype)
@@ -203,7 +228,7 @@ class _Layer:
         top_k, width = indices.shape[1], out.shape[1]
         order = _Sorted(indices, self.gate_up.weight.shape[0])
         parts = []
-        for chunk in order.chunks():
+        for chunk in order.chunks(self.at_once):
             rows = self._rows(hidden, order, chunk, top_k)
             inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
             del rows
@@ -229,7 +254,7 @@ class _Layer:
         routing = weights.reshape(-1)[order.assigned]
         of_routing = torch.empty_like(routing)
         parts: list[tuple[Tensor, Tensor | None]] = []
-        for chunk in order.chunks():
+        for chunk in order.chunks(self.at_once):
             of_out = _gathered(grad, order.assigned[chunk.where], top_k)
             of_activations = _grouped_back(of_out, self.down.matrices(chunk.experts), chunk)
             of_second = of_activations[:, self.down.inputs :]  # of A x, [n, R]
@@ -315,8 +340,8 @@ class _Layer:
         return _grouped_back(of_inner, projection.first_factors(chunk.experts), chunk)
 
 
-def _tiles(num_rows: int) -> list[slice]:
-    return [slice(start, min(start + ROWS, num_rows)) for start in range(0, num_rows, ROWS)]
+def _tiles(num_rows: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
 
 
 def _gathered(x: Tensor, assigned: Tensor, top_k: int, *, room: int = 0) -> Tensor:

@@ -1,4 +1,6 @@
-"""Triton kernels that close a block of the decoder: its output into the residual stream, and the next RMS norm."""
+"""Triton kernels of RMS norms: of the engine, which close a block of the decoder (its output into the residual stream,
+and the next norm), and of training, forward and backward.
+"""
 
 import triton
 import triton.language as tl
@@ -85,3 +87,30 @@ def combine_norm_kernel(
             value += tl.load(where + part * part_stride, mask=inside, other=0.0)
         total += value * tl.load(routing + row * TOPK + choice)
     _normed(residual, weight, out, row, total, d, inside, eps, D)
+
+
+@triton.jit
+def norm_kernel(x, weight, out, eps, D: tl.constexpr, DP: tl.constexpr):
+    """out [N, D], the RMS norm of x [N, D]. Grid (N,); DP: D up to a power of two."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    inside = d < D
+    values = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    scaled = values * tl.rsqrt(tl.sum(values * values, axis=0) / D + eps)
+    scaled *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + d, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward_kernel(x, weight, grad, out, eps, D: tl.constexpr, DP: tl.constexpr):
+    """out float32 [N, D] += what the norm's gradient [N, D] is to x [N, D]. Grid (N,)."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    inside = d < D
+    values = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.load(grad + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    scaled *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values, axis=0) / D + eps)
+    along = tl.sum(values * scaled, axis=0) / D * inverse * inverse
+    total = tl.load(out + row * D + d, mask=inside, other=0.0)
+    tl.store(out + row * D + d, total + (scaled - values * along) * inverse, mask=inside)

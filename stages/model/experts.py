@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stages.kernels.experts import Lora, experts, experts_fixed_shape
 from stages.kernels.packed_experts import Relaid
 from stages.kernels.packed_experts import dequantize as dequantize_relaid
-from stages.kernels.trained_experts import FrozenExperts, frozen_experts, trained_experts
+from stages.kernels.trained_experts import ALL_AT_ONCE, FrozenExperts, Tiling, frozen_experts, trained_experts
 from stages.model.mxfp4 import Mxfp4, dequantize
 from stages.model.mxfp4_layout import fits, relay
 
@@ -121,7 +121,15 @@ class Experts(nn.Module):
         finally:
             self.fixed_shape = fixed_shape
 
-    def trained(self, hidden: Tensor, indices: Tensor, weights: Tensor, *, only_backward: bool = False) -> Tensor:
+    def trained(
+        self,
+        hidden: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        *,
+        tiling: Tiling = ALL_AT_ONCE,
+        only_backward: bool = False,
+    ) -> Tensor:
         """As `forward`, for training: [N, D], float32 where the weights are in the kernels' order."""
         if not (isinstance(self.gate_up, PackedWeight) and self.gate_up.in_kernel_order):
             return self.forward(hidden, indices, weights)
@@ -146,6 +154,7 @@ class Experts(nn.Module):
             self._frozen,
             gate_up_lora=gate_up_lora,
             down_lora=down_lora,
+            tiling=tiling,
             only_backward=only_backward,
         )
 

@@ -44,7 +44,8 @@ class LoraLinear(nn.Module):
         if not self.adapter_enabled:
             return out
         inner = F.linear(hidden, self.a.to(hidden.dtype)).flatten(0, -2)
-        return torch.addmm(out.flatten(0, -2), inner, self.b.mT.to(hidden.dtype), alpha=self.scale).view(out.shape)
+        out.flatten(0, -2).addmm_(inner, self.b.mT.to(hidden.dtype), alpha=self.scale)
+        return out
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dtype: torch.dtype, seed: int) -> None:

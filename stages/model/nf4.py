@@ -39,7 +39,7 @@ class Nf4Head(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.compute_dtype = weight.dtype
         packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
-        if CHUNK_ROWS * self.in_features % 64:
+        if self.in_features % 64:
             raise ValueError(f"an unembedding of {self.in_features} inputs does not fall into blocks of 64 weights")
         self.packed = nn.Buffer(packed.view(-1))  # uint8, two codes a byte
         self.scales = nn.Buffer(state.absmax)  # float32, one for 64 weights
@@ -66,6 +66,13 @@ class Nf4Head(nn.Module):
             quant_type="nf4",
         )
         return cast(Tensor, bnb.dequantize_4bit(self.packed[first // 2 : -(-last // 2)].view(-1, 1), state))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """[n, D] in the compute dtype of indices int64 [n]. A byte's upper half is the first of its two codes."""
+        codes = self.packed.view(self.out_features, -1)[indices]
+        values = self.code[torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1).int()]
+        scales = self.scales.view(self.out_features, -1)[indices]
+        return (values.unflatten(1, (-1, 64)) * scales[:, :, None]).flatten(1).to(self.compute_dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden [..., D], in its dtype."""

@@ -1,8 +1,9 @@
 """A pack of completions through the policy, with gradients: their log-probabilities.
 
-The policy's own modules, layer by layer, on one line of tokens. The residual stream is float32 in every dtype, as in
-the engine's step. On a card each layer keeps only what it was given (offload.py) and is computed again in backward, and
-experts in the kernels' order are trained through as they are, packed (kernels/trained_experts.py).
+The policy's own modules, block by block (a layer is two: attention and experts), on one line of tokens. The residual
+stream is float32 in every dtype, as in the engine's step. On a card each block keeps only what it was given, rounded to
+the compute dtype (offload.py), and the experts that were chosen; it is computed again in backward. Experts in the
+kernels' order are trained through as they are, packed (kernels/trained_experts.py).
 """
 
 from collections.abc import Callable
@@ -13,11 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.kernels.logprobs import token_logprobs
+from stages.kernels.norms import add_rms_norm_grad, rms_norm
 from stages.kernels.packed_attention import Groups, packed_attention
 from stages.kernels.rotary import rotate
+from stages.kernels.routing import trained_router_logits
+from stages.kernels.trained_experts import Tiling
 from stages.model.nf4 import Nf4Head
 from stages.model.policy import Policy
 from stages.trainer.offload import LayerStore
+from stages.trainer.plan import PLANS, Plan
 from stages.trainer.samples import Pack
 
 
@@ -29,12 +34,21 @@ class TokenLogprobs(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """What every layer is told of the tokens."""
+    """What every block is told of the tokens."""
 
     groups: Groups
     cos: Tensor  # float32 [T, C / 2]
     sin: Tensor
-    routes: Tensor | None  # int64 [T, layers, k]
+
+
+class _Block(NamedTuple):
+    """One residual block: stream += run(norm(stream), False), the norm and the result [T, D].
+
+    run's second argument says that only a graph for backward is wanted, not the values.
+    """
+
+    weight: Tensor  # of the norm, [D]
+    run: Callable[[Tensor, bool], Tensor]
 
 
 def completion_logprobs(
@@ -46,13 +60,14 @@ def completion_logprobs(
     replay_routes: bool = False,
     routes: list[Tensor] | None = None,
     recompute: bool | None = None,
+    plan: Plan = PLANS[0],
 ) -> TokenLogprobs:
     """The policy's own view of a pack's completions, with gradients unless they are off.
 
-    store: on a card, what keeps the layers' inputs; without one each pass makes its own. replay_routes: the samples'
-    recorded experts instead of the router's choice, weighted by its logits. routes: a list takes each router's own
-    choices int64 [T, k], whether they are used or others replayed. recompute: whether layers are computed again in
-    backward; None is on a card, not on the CPU.
+    store: on a card, what keeps the blocks' inputs; without one each pass makes its own. replay_routes: the samples'
+    recorded experts instead of the router's choice, weighted by its logits. routes: a list takes each layer's own
+    choices int64 [T, k]. recompute: whether blocks are computed again in backward; None is on a card, not on the CPU.
+    plan: what is worked on at once.
     """
     device = policy.device
     tensors = pack.tensors(device)
@@ -61,92 +76,101 @@ def completion_logprobs(
         raise ValueError("the samples have no recorded routes to replay")
     decoder = policy.model.model
     cos, sin = decoder.rotary_emb(torch.empty(1, device=device), tensors.positions[None])
-    line = _Line(pack.groups(), cos[0].contiguous(), sin[0].contiguous(), replayed)
-    stream = policy.embed(tensors.ids).float()
+    line = _Line(pack.groups(), cos[0].contiguous(), sin[0].contiguous())
     eps = float(policy.model.config.rms_norm_eps)
     recompute = device.type == "cuda" if recompute is None else recompute
     recompute = recompute and torch.is_grad_enabled()
+    blocks = []
+    for index, layer in enumerate(decoder.layers):
+        chosen = None if replayed is None else replayed[:, index]
+        blocks.append(_attention_block(layer, line))
+        blocks.append(_experts_block(layer, chosen, routes, plan.experts, kept=recompute))
+    stream = policy.embed(tensors.ids).float()
     if recompute:
-        store = store or LayerStore(device)
-        stream.requires_grad_()
-    for index in range(len(decoder.layers)):
-        run = _layer(policy, index, line, eps, routes)
-        stream = _Recomputed.apply(stream, run, store, index, len(decoder.layers)) if recompute else run(stream, False)
-    rows = F.embedding(tensors.predicting, stream)  # whose backward adds rows up in a fixed order
-    hidden = _norm(rows, decoder.norm.weight, eps, policy.dtype)
+        stream = _Recomputed.apply(stream.requires_grad_(), blocks, eps, policy.dtype, store or LayerStore(device))
+    else:
+        for block in blocks:
+            stream = stream + block.run(rms_norm(stream, block.weight, dtype=policy.dtype, eps=eps), False)
+    # an embedding's backward adds rows up in a fixed order
+    rows = F.embedding(tensors.predicting, stream)
+    hidden = rms_norm(rows, decoder.norm.weight, dtype=policy.dtype, eps=eps)
     head: Any = policy.model.lm_head
     unembedding = head if isinstance(head, Nf4Head) else head.weight
-    return TokenLogprobs(*token_logprobs(hidden, unembedding, tensors.targets, temperature=temperature))
+    found = token_logprobs(hidden, unembedding, tensors.targets, temperature=temperature, tile=plan.vocabulary)
+    return TokenLogprobs(*found)
 
 
 class _Recomputed(torch.autograd.Function):
-    """A layer that keeps its input alone; gradients of the adapter are added to its parameters in backward."""
+    """All blocks, of which each one's input alone is kept. Backward takes them one by one and adds the gradients of the
+    adapter to its parameters; none flows to the embedding.
+    """
 
     @staticmethod
-    def forward(ctx, stream, run, store, index, num_layers):
-        ctx.run, ctx.store, ctx.index = run, store, index
-        store.put(index, stream, num_layers=num_layers)
-        return run(stream, False)
+    def forward(ctx, stream, blocks, eps, dtype, store):
+        ctx.blocks, ctx.eps, ctx.dtype, ctx.store = blocks, eps, dtype, store
+        stream = stream.clone()
+        for index, block in enumerate(blocks):
+            store.put(index, stream.to(dtype, copy=True), num_layers=len(blocks))
+            stream += block.run(rms_norm(stream, block.weight, dtype=dtype, eps=eps), False)
+        return stream
 
     @staticmethod
     def backward(ctx, grad):
-        stream = ctx.store.take(ctx.index).detach().requires_grad_()
-        with torch.enable_grad():
-            out = ctx.run(stream, True)
-        torch.autograd.backward(out, grad)
-        return stream.grad, None, None, None, None
+        grad = grad.clone()
+        for index, block in reversed(list(enumerate(ctx.blocks))):
+            stream = ctx.store.take(index)
+            normed = rms_norm(stream, block.weight, dtype=ctx.dtype, eps=ctx.eps).requires_grad_()
+            with torch.enable_grad():
+                out = block.run(normed, True)
+            torch.autograd.backward(out, grad.to(out.dtype))
+            del out
+            add_rms_norm_grad(stream, block.weight, normed.grad, grad, eps=ctx.eps)
+        return None, None, None, None, None
 
 
-def _layer(
-    policy: Policy, index: int, line: _Line, eps: float, routes: list[Tensor] | None
-) -> Callable[[Tensor, bool], Tensor]:
-    """Layer `index` as a function of the stream float32 [T, D] and of whether only its backward is wanted."""
-    layer: Any = policy.model.model.layers[index]
-    dtype = policy.dtype
-
-    def run(stream: Tensor, only_backward: bool) -> Tensor:
-        normed = _norm(stream, layer.input_layernorm.weight, eps, dtype)
-        stream = stream + _attend(layer.self_attn, normed, line)
-        normed = _norm(stream, layer.post_attention_layernorm.weight, eps, dtype)
-        replayed = None if line.routes is None else line.routes[:, index]
-        weights, chosen, own = _route(layer.mlp.router, normed, replayed)
-        if routes is not None and not only_backward:
-            routes.append(own)
-        return stream + layer.mlp.experts.trained(normed, chosen, weights, only_backward=only_backward)
-
-    return run
-
-
-def _norm(stream: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return F.rms_norm(stream, weight.shape, weight, eps).to(dtype)
-
-
-def _attend(attention: Any, normed: Tensor, line: _Line) -> Tensor:
-    """The attention's output [T, D]."""
+def _attention_block(layer: Any, line: _Line) -> _Block:
+    attention = layer.self_attn
     channels = attention.head_dim
-    query, key, value = (
-        project(normed).unflatten(1, (-1, channels))
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    attended = packed_attention(
-        rotate(query, line.cos, line.sin),
-        rotate(key, line.cos, line.sin),
-        value,
-        sinks=attention.sinks,
-        scale=attention.scaling,
-        window=attention.sliding_window,
-        groups=line.groups,
-    )
-    out: Tensor = attention.o_proj(attended.flatten(1))
-    return out
+
+    def run(normed: Tensor, _only_backward: bool) -> Tensor:
+        query, key, value = (
+            project(normed).unflatten(1, (-1, channels))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        attended = packed_attention(
+            rotate(query, line.cos, line.sin),
+            rotate(key, line.cos, line.sin),
+            value,
+            sinks=attention.sinks,
+            scale=attention.scaling,
+            window=attention.sliding_window,
+            groups=line.groups,
+        )
+        out: Tensor = attention.o_proj(attended.flatten(1))
+        return out
+
+    return _Block(layer.input_layernorm.weight, run)
 
 
-def _route(router: Any, normed: Tensor, replayed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights float32 [T, k] and experts int64 [T, k], of a token's largest logits or of the replayed experts; and the
-    experts of its largest logits.
-    """
-    if replayed is None:
-        _, weights, chosen = router(normed)
-        return weights, chosen, chosen
-    logits = F.linear(normed.float(), router.weight.float(), router.bias.float())
-    return logits.gather(-1, replayed).softmax(-1), replayed, logits.topk(replayed.shape[-1]).indices
+def _experts_block(
+    layer: Any, replayed: Tensor | None, routes: list[Tensor] | None, tiling: Tiling, *, kept: bool
+) -> _Block:
+    """replayed: the experts int64 [T, k] to take. kept: those of the first pass are remembered for the next."""
+    router, experts = layer.mlp.router, layer.mlp.experts
+    remembered: list[Tensor] = []
+
+    def run(normed: Tensor, only_backward: bool) -> Tensor:
+        logits = trained_router_logits(normed, router.weight, router.bias)
+        chosen = remembered.pop().long() if only_backward else replayed
+        if chosen is None or (routes is not None and not only_backward):
+            own = logits.detach().topk(router.top_k, dim=-1).indices
+            if routes is not None:
+                routes.append(own)
+            chosen = own if chosen is None else chosen
+        if kept and not only_backward:
+            remembered.append(chosen.to(torch.uint8))
+        weights = logits.gather(-1, chosen).softmax(-1)
+        out: Tensor = experts.trained(normed, chosen, weights, tiling=tiling, only_backward=only_backward)
+        return out
+
+    return _Block(layer.post_attention_layernorm.weight, run)

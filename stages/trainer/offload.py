@@ -1,5 +1,5 @@
-"""What each layer was given, kept until backward comes to it: on a card in the host's memory, copied beside the
-computation. gpt-oss-20b's layers are given 276 kB a token.
+"""What each block was given, kept until backward comes to it: on a card in the host's memory, copied beside the
+computation. gpt-oss-20b's 48 blocks are given 276 kB a token in 16 bits.
 
 The host's memory is one piece, pinned as it is: PyTorch's own allocator of pinned memory rounds to powers of two.
 """
