@@ -256,6 +256,8 @@ def test_engine_and_trainer_agree_while_the_policy_moves(training: Training) -> 
     assert abs(row["ratio_mean"] - 1) < 1e-5
     assert row["tokens"] == 3 * 4 * 8
     assert len(row["updates"]) == 3
+    assert row["replay_difference_max"] < 1e-5
+    assert row["sets_differ"] == row["replay_sets_differ"] == row["replay_own_sets_differ"] == 0
     moved = [(a - b).abs().max() for a, (_, b) in zip(before, training.policy.parameters(), strict=True)]
     assert max(moved) > 1e-3  # far enough that a stale engine would be seen
 
@@ -274,6 +276,7 @@ def test_replayed_routes_differ_nowhere_and_are_told_apart(training: Training) -
     computed = sum(len(each.prompt_ids) + 7 for each in completions)
     assert row["sets_differ"] == pytest.approx(1 / (2 * computed))
     assert row["replay_sets_differ"] == 0
+    assert row["replay_own_sets_differ"] == pytest.approx(1 / (2 * computed))
     assert row["replay_tokens"] == row["tokens"] == 32
 
 

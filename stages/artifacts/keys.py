@@ -43,7 +43,11 @@ ADAPTER = ("update.lora_rank", "update.lora_alpha", "update.lora_dtype")
 
 STAGES: dict[str, Stage] = {
     "load": Stage(1, ("model.*",), lambda _: []),
-    "rollout": Stage(1, ("rollout.prompts", "rollout.group_size", *SAMPLING, "task.*", "train.seed", *ADAPTER), after),
+    "rollout": Stage(
+        1,
+        ("rollout.prompts", "rollout.group_size", *SAMPLING, "task.*", "train.seed", *ADAPTER, "update.replay_routes"),
+        after,
+    ),
     "score": Stage(2, JUDGING, lambda i: [StageId("rollout", i)]),
     "update": Stage(2, ("update.*", "rollout.max_new_tokens", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),
