@@ -119,6 +119,11 @@ class _Chunk:
         self.ends = counts.cumsum(0).to(torch.int32)  # where each one's rows end
 
     @functools.cached_property
+    def empty(self) -> Tensor:
+        """Whether an expert has no assignments, bool [G, 1, 1]."""
+        return (self._counts == 0)[:, None, None]
+
+    @functools.cached_property
     def counts(self) -> list[int]:
         """Assignments of each expert. Waits for the card."""
         found: list[int] = self._counts.tolist()
@@ -161,11 +166,10 @@ class _Projection:
         self.rank = 0 if a is None else a.shape[1]
         self.room = -(-self.rank // RANK_TILE) * RANK_TILE
         self.rows = None
-        if a is not None and b is not None:
-            if weight.interleaved:
-                self.rows = stored_rows(self.outputs, interleaved=True, device=b.device)
-            self.grad_a = torch.zeros(a.shape, dtype=torch.float32, device=a.device)
-            self.grad_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
+        if b is not None and weight.interleaved:
+            self.rows = _stored_rows(self.outputs, b.device)
+        self.grad_a: Tensor | None = None  # as soon as there is something to add
+        self.grad_b: Tensor | None = None
 
     def matrices(self, experts: slice) -> Tensor:
         """[G, M, K + R] as stored: W and scale * B."""
@@ -189,13 +193,23 @@ class _Projection:
 
     def add_grads(self, rows: Tensor, grad_out: Tensor, grad_inner: Tensor, chunk: _Chunk) -> None:
         """Adds to the factors' gradients: of rows [n, K + R], grad_out [n, M] as stored and grad_inner [n, R]."""
-        some, rank = chunk.experts, self.rank
-        self.grad_a[some] += _outer(grad_inner, rows[:, : self.inputs], chunk)[:, :rank]
-        of_b = _outer(grad_out, rows[:, self.inputs :], chunk)[..., :rank].float() * self.scale
-        if self.rows is None:
-            self.grad_b[some] += of_b
-        else:
-            self.grad_b[some, self.rows] += of_b
+        of_a = _outer(grad_inner, rows[:, : self.inputs], chunk)[:, : self.rank]
+        of_b = _outer(grad_out, rows[:, self.inputs :], chunk)[..., : self.rank]
+        self.grad_a = self._added(self.grad_a, of_a.float(), chunk)
+        of_b = of_b.float() * self.scale
+        if self.rows is not None:
+            of_b = torch.empty_like(of_b).index_copy_(1, self.rows, of_b)
+        self.grad_b = self._added(self.grad_b, of_b, chunk)
+
+    def _added(self, total: Tensor | None, part: Tensor, chunk: _Chunk) -> Tensor:
+        """The sum float32 [E, ...] with the part [G, ...] of the chunk's experts."""
+        if total is None:
+            num_experts = self.weight.shape[0]
+            if len(part) == num_experts:
+                return part
+            total = part.new_zeros(num_experts, *part.shape[1:])
+        total[chunk.experts] += part
+        return total
 
 
 class _Layer:
@@ -219,7 +233,9 @@ class _Layer:
         if self.factors[0] is None:
             return (None,) * 4
         grads = (self.gate_up.grad_a, self.gate_up.grad_b, self.down.grad_a, self.down.grad_b)
-        return tuple(grad.to(factor.dtype) for grad, factor in zip(grads, self.factors, strict=True))
+        return tuple(
+            None if grad is None else grad.to(factor.dtype) for grad, factor in zip(grads, self.factors, strict=True)
+        )
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, out: Tensor) -> None:
         """Writes out float32 [N, D]."""
@@ -340,6 +356,11 @@ class _Layer:
         return _grouped_back(of_inner, projection.first_factors(chunk.experts), chunk)
 
 
+@functools.cache
+def _stored_rows(num_rows: int, device: torch.device) -> Tensor:
+    return stored_rows(num_rows, interleaved=True, device=device)
+
+
 def _tiles(num_rows: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
 
@@ -373,6 +394,6 @@ def _outer(left: Tensor, right: Tensor, chunk: _Chunk) -> Tensor:
     if left.is_cuda and left.dtype == torch.bfloat16:
         found = F.grouped_mm(left.mT, right, offs=chunk.ends)
         # What a product of no rows leaves is not said anywhere.
-        return found.masked_fill_((chunk.ends.diff(prepend=chunk.ends.new_zeros(1)) == 0)[:, None, None], 0)
+        return found.masked_fill_(chunk.empty, 0)
     parts = zip(left.split(chunk.counts), right.split(chunk.counts), strict=True)
     return torch.stack([some.mT @ other for some, other in parts])
