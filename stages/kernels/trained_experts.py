@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from stages.kernels.experts import Lora
 from stages.kernels.packed_experts import Relaid, dequantize, stored_rows
+from stages.kernels.routing import Sorted, sort_by_expert
 
 RANK_TILE = 8  # columns of 16 bytes, which grouped products need
 
@@ -112,11 +113,11 @@ class _TrainedExperts(torch.autograd.Function):
 class _Chunk:
     """The assignments of a tile's tokens to some experts."""
 
-    def __init__(self, experts: slice, where: slice, counts: Tensor) -> None:
+    def __init__(self, experts: slice, where: slice, counts: Tensor, ends: Tensor) -> None:
         self.experts = experts
         self.where = where  # of the sorted assignments
         self._counts = counts  # of each of these experts, on the device
-        self.ends = counts.cumsum(0).to(torch.int32)  # where each one's rows end
+        self.ends = ends  # int32, where each one's rows end
 
     @functools.cached_property
     def empty(self) -> Tensor:
@@ -130,30 +131,18 @@ class _Chunk:
         return found
 
 
-class _Sorted:
-    """A tile's assignments in the order of their experts."""
-
-    def __init__(self, indices: Tensor, num_experts: int) -> None:
-        """indices int64 [N, k]."""
-        flat = indices.flatten()
-        self.assigned = flat.to(torch.uint8 if num_experts <= 256 else torch.int32).argsort(stable=True)
-        self.owner = flat[self.assigned]  # assigned: token * k + choice
-        self.places = torch.empty_like(self.assigned)  # of each assignment among the sorted
-        self.places[self.assigned] = torch.arange(len(flat), device=flat.device)
-        self._counts = torch.searchsorted(self.owner, torch.arange(num_experts + 1, device=flat.device)).diff()
-
-    def chunks(self, at_once: int) -> Iterator[_Chunk]:
-        """So many experts at a time, those without tokens left out. Waits for the card unless they are all."""
-        if at_once >= len(self._counts):
-            yield _Chunk(slice(0, len(self._counts)), slice(0, len(self.owner)), self._counts)
-            return
-        counts, start = self._counts.tolist(), 0
-        for first in range(0, len(counts), at_once):
-            experts = slice(first, first + at_once)
-            stop = start + sum(counts[experts])
-            if start < stop:
-                yield _Chunk(experts, slice(start, stop), self._counts[experts])
-            start = stop
+def _chunks(order: Sorted, at_once: int) -> Iterator[_Chunk]:
+    """So many experts at a time, those without tokens left out. Waits for the card unless they are all."""
+    if at_once >= len(order.counts):
+        yield _Chunk(slice(0, len(order.counts)), slice(0, len(order.owner)), order.counts, order.ends)
+        return
+    counts, start = order.counts.tolist(), 0
+    for first in range(0, len(counts), at_once):
+        experts = slice(first, first + at_once)
+        stop = start + sum(counts[experts])
+        if start < stop:
+            yield _Chunk(experts, slice(start, stop), order.counts[experts], order.ends[experts] - start)
+        start = stop
 
 
 class _Projection:
@@ -242,9 +231,9 @@ class _Layer:
         from stages.kernels.triton_experts import combine_kernel
 
         top_k, width = indices.shape[1], out.shape[1]
-        order = _Sorted(indices, self.gate_up.weight.shape[0])
+        order = sort_by_expert(indices, self.gate_up.weight.shape[0])
         parts = []
-        for chunk in order.chunks(self.at_once):
+        for chunk in _chunks(order, self.at_once):
             rows = self._rows(hidden, order, chunk, top_k)
             inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
             del rows
@@ -265,12 +254,12 @@ class _Layer:
         from stages.kernels.triton_experts import sum_kernel
 
         num_rows, top_k = indices.shape
-        order = _Sorted(indices, self.gate_up.weight.shape[0])
+        order = sort_by_expert(indices, self.gate_up.weight.shape[0])
         grad = grad.to(self.dtype).contiguous()
         routing = weights.reshape(-1)[order.assigned]
         of_routing = torch.empty_like(routing)
         parts: list[tuple[Tensor, Tensor | None]] = []
-        for chunk in order.chunks(self.at_once):
+        for chunk in _chunks(order, self.at_once):
             of_out = _gathered(grad, order.assigned[chunk.where], top_k)
             of_activations = _grouped_back(of_out, self.down.matrices(chunk.experts), chunk)
             of_second = of_activations[:, self.down.inputs :]  # of A x, [n, R]
@@ -305,13 +294,13 @@ class _Layer:
         )  # fmt: skip
         grad_weights.copy_(of_routing[order.places].view(num_rows, top_k))
 
-    def _rows(self, hidden: Tensor, order: _Sorted, chunk: _Chunk, top_k: int) -> Tensor:
+    def _rows(self, hidden: Tensor, order: Sorted, chunk: _Chunk, top_k: int) -> Tensor:
         """The chunk's tokens [n, D + R], A x beside them."""
         rows = _gathered(hidden, order.assigned[chunk.where], top_k, room=self.gate_up.room)
         self.gate_up.extend(rows, chunk)
         return rows
 
-    def _swiglu(self, inner: Tensor, order: _Sorted, chunk: _Chunk) -> Tensor:
+    def _swiglu(self, inner: Tensor, order: Sorted, chunk: _Chunk) -> Tensor:
         """[n, F + R] of inner [n, 2F]."""
         from stages.kernels.triton_experts import swiglu_kernel
 
@@ -331,7 +320,7 @@ class _Layer:
         grad_out: Tensor,
         routing: Tensor,
         of_routing: Tensor,
-        order: _Sorted,
+        order: Sorted,
         chunk: _Chunk,
     ) -> Tensor:
         """SwiGLU's output [n, F + R], of whose last columns nothing is written; `inner` becomes its own gradient."""
