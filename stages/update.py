@@ -36,7 +36,7 @@ from stages.grpo import (
     scale_of,
     signal,
 )
-from stages.model.policy import live_policy
+from stages.model.policy import Policy, live_policy
 from stages.trainer import LayerStore, Pack, Sample, completion_logprobs, deal_packs
 from stages.trainer.optimizer import make_optimizer, make_scaler, restore_optimizer, save_optimizer
 from stages.trainer.plan import plan_update
@@ -57,11 +57,30 @@ class Scored(NamedTuple):
 
 
 def run(context: StageContext) -> None:
-    """Trains the policy of version `context.stage.index` one version on."""
-    config, iteration = context.config, context.stage.index
-    assert iteration is not None
+    """Trains the policy of version `context.stage.index` one version on.
+
+    No gradient is left on the card, whatever comes. Raises UserError where the update cannot fit the card's memory, before it begins or in the middle.
+    """
+    assert context.stage.index is not None
+    policy = live_policy(context, context.stage.index)
+    try:
+        train(context, policy, context.stage.index)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the card's memory ran out in the update of iteration {context.stage.index}: {reason}",
+            "end what else uses the card, or set update.memory_bytes to what this run may take of it; then "
+            "`flexsink resume` goes on from here",
+        ) from None
+    finally:
+        for _, parameter in policy.parameters():
+            parameter.grad = None
+
+
+def train(context: StageContext, policy: Policy, iteration: int) -> None:
+    """Reads the iteration, takes the optimizer's steps, writes checkpoint and tables."""
+    config = context.config
     update = config.update
-    policy = live_policy(context, iteration)
     shape = policy.model.config
     samples, silent_ids, silent_groups = read_samples(context, iteration, top_k=shape.num_experts_per_tok)
     left_out = silent_ids if LOSSES[update.loss].drops_silent_groups else set()

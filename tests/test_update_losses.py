@@ -14,7 +14,7 @@ from flows.presets import preset
 from stages import load, rollout, update
 from stages.artifacts import RunDir, Session, StageContext, StageId, execute
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, scores_schema, write_parts
-from stages.config import UpdateConfig
+from stages.config import UpdateConfig, UserError
 from stages.grpo import LOSSES
 from stages.model.policy import open_policy
 from stages.trainer import Pack, Sample, completion_logprobs
@@ -164,3 +164,22 @@ def test_a_disagreement_of_engine_and_trainer_is_one_warning_with_its_cure(caplo
     heading = "## When engine and trainer disagree"
     assert heading in (Path(__file__).parents[1] / "README.md").read_text()
     assert heading.removeprefix("## ") in first
+
+
+def test_memory_that_runs_out_is_an_error_with_a_hint_and_leaves_no_gradient(
+    sampled: RunDir, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nmore")
+
+    monkeypatch.setattr(update, "policy_loss", runs_out)
+    with pytest.raises(UserError, match="update of iteration 0: CUDA out of memory") as caught:
+        updated(sampled, session, tmp_path / "run", [])
+    assert "update.memory_bytes" in str(caught.value.hint)
+    assert not RunDir(tmp_path / "run").folder(UPDATE).exists()
+    monkeypatch.undo()
+    run = RunDir(tmp_path / "run")
+    execute(run, run.config(), UPDATE, update.run, session)
+    twin = updated(sampled, session, tmp_path / "twin", [])
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (run.folder(UPDATE) / name).read_bytes() == (twin.folder(UPDATE) / name).read_bytes()
