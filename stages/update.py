@@ -59,7 +59,8 @@ class Scored(NamedTuple):
 def run(context: StageContext) -> None:
     """Trains the policy of version `context.stage.index` one version on.
 
-    No gradient is left on the card, whatever comes. Raises UserError where the update cannot fit the card's memory, before it begins or in the middle.
+    No gradient is left on the card, whatever comes. Raises UserError where the update cannot fit the card's memory,
+    before it begins or in the middle.
     """
     assert context.stage.index is not None
     policy = live_policy(context, context.stage.index)
