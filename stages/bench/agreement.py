@@ -218,7 +218,12 @@ def yardstick(setting: Setting, *, device: torch.device) -> Row:
     lengths = (case.shortest + case.new_tokens, case.longest + case.new_tokens)
     rows = draw_prompts(YARDSTICK_ROWS, lengths, vocabulary=setting.shape.vocabulary, seed=setting.seed)
     model = transformers_model(
-        setting.shape, device=device, seed=setting.seed, dtype=DTYPES[setting.dtype], unpacked=True
+        setting.shape,
+        device=device,
+        seed=setting.seed,
+        dtype=DTYPES[setting.dtype],
+        unpacked=True,
+        scaled_init=setting.scaled_init,
     )
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
