@@ -96,13 +96,15 @@ def needed_bytes(sizes: Sizes, tokens: int, plan: Plan) -> int:
 
 
 def plan_update(policy: Policy, tokens: int, *, optimizer: str, budget_bytes: float = 0) -> Plan:
-    """The roomiest plan by which packs of up to `tokens` tokens stay within the budget; 0 is all of the card.
+    """The roomiest plan by which packs of up to `tokens` tokens stay within the budget; 0 is what no other has
+    of the card.
 
     On a CPU nothing is planned. Raises UserError saying what is needed, and what would fit, when none does.
     """
     if policy.device.type != "cuda":
         return PLANS[0]
-    budget = budget_bytes or torch.cuda.get_device_properties(policy.device).total_memory
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    budget = budget_bytes or free + torch.cuda.memory_reserved(policy.device)
     return choose_plan(Sizes.of(policy, optimizer=optimizer), tokens, budget, optimizer=optimizer)
 
 
