@@ -99,7 +99,9 @@ class UpdateConfig:
     pack_tokens: int = 4096
     # tokens in one forward and backward pass, prompts counted once for a group; a longer completion goes alone
     memory_bytes: int = 0
-    # of a GPU that an update may take, weights included, at most; 0 is all of it
+    # of a GPU that an update may take, weights included, at most; 0 is what no other program has of it
+    replay_routes: bool = False
+    # the experts that the engine chose are recorded in the rollout and used again by the update
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     # 8 bits need a GPU
     lora_dtype: Literal["float32", "bfloat16"] = "float32"

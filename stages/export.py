@@ -118,8 +118,13 @@ def sample(policy: Policy, context: StageContext, *, count: int, prefix: str) ->
         for number in range(count)
     ]
     rollout = config.rollout
-    sizes = {"max_slots": rollout.max_slots, "max_new_tokens": rollout.max_new_tokens}
-    return Engine(policy, **sizes, cache_bytes=rollout.cache_bytes).run(requests)
+    engine = Engine(
+        policy,
+        max_slots=rollout.max_slots,
+        max_new_tokens=rollout.max_new_tokens,
+        cache_bytes=rollout.cache_bytes,
+    )
+    return engine.run(requests)
 
 
 def held_out_score(policy: Policy, context: StageContext) -> float:

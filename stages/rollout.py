@@ -2,14 +2,15 @@
 
     python -m stages.rollout --run-dir R --iteration 3
 
-Writes rollouts-*.parquet. Every finished completion is journalled at once, so a killed rollout goes on with what is
-missing, and since a completion's tokens depend on its own seed alone, the result is the same. Where the session has it
-enabled, its program goes to the sandboxes at the same time (stages/tasks/early.py); no verdict is waited for.
+Writes rollouts-*.parquet, with the experts that the engine chose where the update will replay them. Every finished
+completion is journalled at once, so a killed rollout goes on with what is missing, and since a completion's tokens
+depend on its own seed alone, the result is the same. Where the session has it enabled, its program goes to the
+sandboxes at the same time (stages/tasks/early.py); no verdict is waited for.
 """
 
+import base64
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from stages.artifacts import StageContext, derive
@@ -64,7 +65,7 @@ def run(context: StageContext) -> None:
         early.start(completion_id, rows[completion_id]["group_index"], policy.decode(record["completion_ids"]))
 
     def keep(completion: Completion) -> None:
-        record = asdict(completion)
+        record = record_of(completion)
         journal.append(record)
         finished[completion.completion_id] = record
         judge_early(record)
@@ -95,8 +96,17 @@ def run(context: StageContext) -> None:
         row |= {
             name: record[name] for name in ("prompt_ids", "completion_ids", "engine_logprobs", "finish_reason", "seed")
         }
+        routes = record.get("routes")
         row |= {"completion": policy.decode(ids), "num_tokens": len(ids)}
+        row |= {"routes": None if routes is None else base64.b64decode(routes)}
     write_parts(context.out, "rollouts", [rows[completion_id] for completion_id in sorted(rows)], ROLLOUTS)
+
+
+def record_of(completion: Completion) -> dict[str, Any]:
+    """The completion as the journal holds it, in JSON: its routes in base64."""
+    routes = completion.routes
+    text = None if routes is None else base64.b64encode(routes.numpy().tobytes()).decode()
+    return {**vars(completion), "routes": text}
 
 
 def main() -> None:

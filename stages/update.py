@@ -5,7 +5,8 @@
 Writes the checkpoint (adapter in PEFT's layout, optimizer.safetensors, state.json: what the next update goes on from),
 metrics.parquet (one row an optimizer step) and samples.parquet (what each completion was trained with). The completions
 are dealt into `update.steps` batches; each is one optimizer step, its gradient accumulated over packs. What a loss
-leaves out (dapo: groups without signal) is scored like the rest and takes no part in a step.
+leaves out (dapo: groups without signal) is scored like the rest and takes no part in a step. With update.replay_routes
+the policy is computed with the experts that the engine chose, the reference with its own.
 """
 
 import logging
@@ -35,23 +36,54 @@ from stages.grpo import (
     scale_of,
     signal,
 )
-from stages.model.policy import live_policy
-from stages.trainer import LayerStore, Pack, Sample, TokenLogprobs, completion_logprobs, deal_packs
+from stages.model.policy import Policy, live_policy
+from stages.trainer import LayerStore, Pack, Sample, completion_logprobs, deal_packs
 from stages.trainer.optimizer import make_optimizer, make_scaler, restore_optimizer, save_optimizer
 from stages.trainer.plan import plan_update
+from stages.trainer.routes import other_experts
 
 log = logging.getLogger(__name__)
 
 MAX_ENGINE_KL = 0.01  # nats a token; others accept 0.002 to 0.015 for mixtures of experts in bf16
 
 
+class Scored(NamedTuple):
+    """Of a pack's completion tokens, one completion after the other, float32 [tokens]; and of its routes."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    # int64 [], (token, layer) pairs whose experts the trainer would choose otherwise; None: not recorded
+    differing: Tensor | None
+
+
 def run(context: StageContext) -> None:
-    """Trains the policy of version `context.stage.index` one version on."""
-    config, iteration = context.config, context.stage.index
-    assert iteration is not None
+    """Trains the policy of version `context.stage.index` one version on.
+
+    No gradient is left on the card, whatever comes. Raises UserError where the update cannot fit the card's memory,
+    before it begins or in the middle.
+    """
+    assert context.stage.index is not None
+    policy = live_policy(context, context.stage.index)
+    try:
+        train(context, policy, context.stage.index)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the card's memory ran out in the update of iteration {context.stage.index}: {reason}",
+            "end what else uses the card, or set update.memory_bytes to what this run may take of it; then "
+            "`flexsink resume` goes on from here",
+        ) from None
+    finally:
+        for _, parameter in policy.parameters():
+            parameter.grad = None
+
+
+def train(context: StageContext, policy: Policy, iteration: int) -> None:
+    """Reads the iteration, takes the optimizer's steps, writes checkpoint and tables."""
+    config = context.config
     update = config.update
-    policy = live_policy(context, iteration)
-    samples, silent_ids, silent_groups = read_samples(context, iteration)
+    shape = policy.model.config
+    samples, silent_ids, silent_groups = read_samples(context, iteration, top_k=shape.num_experts_per_tok)
     left_out = silent_ids if LOSSES[update.loss].drops_silent_groups else set()
     optimizer, scaler = make_optimizer(policy, update), make_scaler(policy)
     step = 0
@@ -71,19 +103,24 @@ def run(context: StageContext) -> None:
     plan = plan_update(policy, longest, optimizer=update.optimizer, budget_bytes=update.memory_bytes)
     options: dict[str, Any] = {"temperature": config.rollout.temperature, "plan": plan}
 
-    def score(pack: Pack) -> TokenLogprobs:
+    def computed(pack: Pack, *, replay: bool, store: LayerStore | None = None) -> Scored:
+        own: list[Tensor] | None = [] if replay else None
+        found = completion_logprobs(policy, pack, store=store, replay_routes=replay, routes=own, **options)
+        return Scored(*found, None if own is None else differing(pack, own))
+
+    def score(pack: Pack, *, replay: bool = update.replay_routes) -> Scored:
         with torch.no_grad():
-            return completion_logprobs(policy, pack, **options)
+            return computed(pack, replay=replay)
 
     started = time.perf_counter()
     # The first batch is trained on by the very policy that would score it: that pass gives its old log-probabilities.
-    old: list[list[TokenLogprobs | None]] = [
+    old: list[list[Scored | None]] = [
         [score(pack) if index else None for pack in batch] for index, batch in enumerate(batches)
     ]
     reference = None
     if update.kl:
         with policy.adapter_disabled():
-            reference = [[score(pack).logprobs for pack in batch] for batch in batches]
+            reference = [[score(pack, replay=False).logprobs for pack in batch] for batch in batches]
     context.timings.append({"what": "score", "seconds": time.perf_counter() - started})
 
     started = time.perf_counter()
@@ -99,6 +136,7 @@ def run(context: StageContext) -> None:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         total, agreement, entropy = LossMetrics(), Agreement(), 0.0
+        rerouted, routed = 0, 0
         learned = [s for pack in batch for s in pack.samples if s.completion_id not in left_out]
         totals = StepTotals(
             num_completions=len(learned),
@@ -112,8 +150,8 @@ def run(context: StageContext) -> None:
             if silent or (not update.kl and all(sample.advantage == 0 for sample in pack.samples)):
                 before = old[index][place] or score(pack)
             else:
-                now = completion_logprobs(policy, pack, store=store, **options)
-                before = old[index][place] or TokenLogprobs(now.logprobs.detach(), now.entropy)
+                now = computed(pack, replay=update.replay_routes, store=store)
+                before = old[index][place] or now._replace(logprobs=now.logprobs.detach())
                 inputs = LossInputs(
                     old_logprobs=before.logprobs,
                     engine_logprobs=engine,
@@ -127,6 +165,9 @@ def run(context: StageContext) -> None:
             old[index][place] = before
             agreement = agreement + Agreement.of(before.logprobs, engine)
             entropy += float(before.entropy.sum())
+            if before.differing is not None:
+                rerouted += int(before.differing)
+                routed += pack.num_tokens * shape.num_hidden_layers
         parameters = [parameter for _, parameter in policy.parameters()]
         if total.tokens:
             scaler.unscale_(optimizer)
@@ -150,6 +191,7 @@ def run(context: StageContext) -> None:
                 **means,
                 "kl": means["kl"] if update.kl else None,  # not measured without a reference
                 **agreement.means(),
+                "routes_differ": rerouted / routed if routed else None,
                 "entropy": entropy,
                 "grad_norm": grad_norm,
                 "zero_signal_groups": silent_groups,
@@ -158,7 +200,7 @@ def run(context: StageContext) -> None:
         )
         step += 1
         context.progress(index + 1, len(batches), "steps", entropy=round(entropy, 3), grad=round(grad_norm, 3))
-    warn_of_disagreement(iteration, max(row["engine_kl"] for row in rows), update.correction)
+    warn_of_disagreement(iteration, max(row["engine_kl"] for row in rows), update)
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
     rate = tokens / max(seconds, 1e-9)
@@ -179,8 +221,11 @@ class Read(NamedTuple):
     silent_groups: int
 
 
-def read_samples(context: StageContext, iteration: int) -> Read:
-    """The iteration's completions with their advantages. Rewards are first shaped by update.overlong_tokens."""
+def read_samples(context: StageContext, iteration: int, *, top_k: int) -> Read:
+    """The iteration's completions with their advantages. Rewards are first shaped by update.overlong_tokens.
+
+    top_k: experts of a token in the recorded routes.
+    """
     config = context.config
     rollouts = read_table(context.input(StageId("rollout", iteration)), "rollouts", ROLLOUTS).to_pylist()
     scores = read_table(context.input(StageId("score", iteration)), "scores", SCORES).select(
@@ -207,11 +252,28 @@ def read_samples(context: StageContext, iteration: int) -> Read:
             completion_ids=tuple(row["completion_ids"]),
             engine_logprobs=tuple(row["engine_logprobs"]),
             advantage=advantage,
+            routes=routes_of(row, top_k),
         )
         for row, advantage in zip(rollouts, flat, strict=True)
     ]
     silent = [group for group, heard in zip(groups.values(), signal(rewards).tolist(), strict=True) if not heard]
     return Read(samples, {row["completion_id"] for group in silent for row in group}, len(silent))
+
+
+def routes_of(row: dict[str, Any], top_k: int) -> Tensor | None:
+    """uint8 [prompt + completion - 1, layers, top_k] of a row of rollouts; None where none are recorded."""
+    if row["routes"] is None:
+        return None
+    rows = len(row["prompt_ids"]) + len(row["completion_ids"]) - 1
+    return torch.frombuffer(bytearray(row["routes"]), dtype=torch.uint8).view(rows, -1, top_k)
+
+
+def differing(pack: Pack, own: list[Tensor]) -> Tensor:
+    """int64 [], how many (token, layer) pairs each layer's `own` choice [T, k] sends elsewhere than was recorded."""
+    recorded = pack.routes(own[0].device)
+    assert recorded is not None
+    counts = [other_experts(chosen, recorded[:, layer]).sum() for layer, chosen in enumerate(own)]
+    return torch.stack(counts).sum()
 
 
 def deal(count: int, steps: int, *, seed: int, last: Collection[int] = ()) -> list[list[int]]:
@@ -229,10 +291,12 @@ def engine_logprobs(pack: Pack, device: torch.device) -> Tensor:
     return torch.tensor([x for sample in pack.samples for x in sample.engine_logprobs], device=device)
 
 
-def warn_of_disagreement(iteration: int, engine_kl: float, chosen: str) -> None:
+def warn_of_disagreement(iteration: int, engine_kl: float, update: UpdateConfig) -> None:
     """One line in the log, with the cure, where the engine sampled from another policy than the trainer's."""
     if not engine_kl <= MAX_ENGINE_KL:
-        cure = "model.dtype=float32" if chosen != "none" else "update.correction=truncated"
+        cure = "update.correction=truncated"
+        if update.correction != "none":
+            cure = "model.dtype=float32" if update.replay_routes else "update.replay_routes=true"
         log.warning(
             f"iteration {iteration}: engine and trainer disagree, engine_kl {engine_kl:.2g} is above {MAX_ENGINE_KL}; "
             f'try {cure}, see "When engine and trainer disagree" in README.md'
@@ -241,7 +305,7 @@ def warn_of_disagreement(iteration: int, engine_kl: float, chosen: str) -> None:
 
 def sample_rows(
     batches: list[list[Pack]],
-    old: list[list[TokenLogprobs | None]],
+    old: list[list[Scored | None]],
     reference: list[list[Tensor]] | None,
     update: UpdateConfig,
     left_out: Collection[str],

@@ -21,6 +21,14 @@ class PlainStep:
         self.rows: list[int] = []  # of every step
         self.prefills: list[tuple[int, int]] = []  # tokens and past of every prefill
 
+    @property
+    def routes(self) -> list[Tensor] | None:
+        return self.runner.routes
+
+    @routes.setter
+    def routes(self, noted: list[Tensor] | None) -> None:
+        self.runner.routes = noted
+
     def refresh(self) -> None:
         self.num_refreshed += 1
 

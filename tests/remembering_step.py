@@ -1,7 +1,8 @@
 """A stand-in for the model that remembers: its next token depends on every token the cache holds for a sequence.
 
 And on where it holds them. So one page given to two, or one ring overwritten, and the completion is another than
-`expected` works out without an engine. It runs on the CPU, and on a card within a CUDA graph.
+`expected` works out without an engine. Its experts tell a token and its place. It runs on the CPU, and on a card within
+a CUDA graph.
 """
 
 import random
@@ -28,6 +29,8 @@ CONFIG = SimpleNamespace(
     head_dim=1,
     sliding_window=WINDOW,
     max_position_embeddings=131_072,
+    num_experts_per_tok=3,
+    num_local_experts=256,
 )
 
 
@@ -36,6 +39,11 @@ def remembered(everything: Sequence[int], recent: Sequence[int]) -> Tensor:
     digest = sum((place + 1) * (token + 3) for place, token in enumerate(everything))
     digest += sum((place + 7) * (token + 5) for place, token in enumerate(recent))
     return TABLE[digest % len(TABLE)]
+
+
+def routes_of(tokens: Tensor, positions: Tensor, layer: int) -> Tensor:
+    """The experts int64 [N, 3] that a layer chooses for tokens [N] at their positions [N]."""
+    return torch.stack((tokens + 100 * layer, positions % 256, positions // 256), dim=-1)
 
 
 class RememberingStep:
@@ -47,6 +55,7 @@ class RememberingStep:
         self.batches: list[int] = []
         self.prefills: list[tuple[int, int, int]] = []  # tokens, documents, past
         self.num_refreshed = 0
+        self.routes: list[Tensor] | None = None
 
     def refresh(self) -> None:
         self.num_refreshed += 1
@@ -57,6 +66,8 @@ class RememberingStep:
         self.batches.append(len(rows))
         slots = rows.long()
         at, fed = positions[slots].long(), tokens[slots].float()
+        if self.routes is not None:
+            self.routes += [routes_of(tokens[slots], at, layer) for layer in (0, 1)]
         page = page_table[slots, at // PAGE].long()
         ring, full = layers
         for cached, sign in zip(full, (1, -1), strict=True):
@@ -87,6 +98,10 @@ class RememberingStep:
         write_kv: Callable[[int, Tensor, Tensor], None],
     ) -> Tensor:
         self.prefills.append((len(ids), len(starts), past))
+        if self.routes is not None:
+            lengths = [stop - start for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+            at = torch.cat([torch.arange(length) for length in lengths]).to(ids.device) + past
+            self.routes += [routes_of(ids, at, layer) for layer in (0, 1)]
         before: list[list[int]] = [[], []]
         for layer in (0, 1):
             if past_kv is not None:
@@ -103,10 +118,12 @@ class RememberingStep:
         return torch.stack(logits).to(ids.device)
 
 
-def remembering_engine(*, device: str = "cpu", memory: CacheMemory | None = None, **sizes: int) -> PagedEngine:
+def remembering_engine(
+    *, device: str = "cpu", memory: CacheMemory | None = None, record_routes: bool = False, **sizes: int
+) -> PagedEngine:
     policy = SimpleNamespace(device=torch.device(device), dtype=torch.float32, model=SimpleNamespace(config=CONFIG))
     sizes = {"max_slots": 6, "max_new_tokens": 300} | sizes
-    return PagedEngine(policy, **sizes, step=RememberingStep, memory=memory)
+    return PagedEngine(policy, **sizes, step=RememberingStep, memory=memory, record_routes=record_routes)
 
 
 def budget(pages: int, *, max_slots: int = 6) -> int:
@@ -147,6 +164,17 @@ def assert_as_expected(completions: Sequence[Completion], requests: Sequence[Req
         assert completion.completion_ids == want.completion_ids
         assert completion.finish_reason == want.finish_reason
         np.testing.assert_allclose(completion.engine_logprobs, want.engine_logprobs, atol=1e-5)
+
+
+def assert_routes_as_expected(completions: Sequence[Completion]) -> None:
+    """Every computed token of prompt and completion has the experts of its own token and place, in both layers."""
+    for completion in completions:
+        ids = torch.tensor((completion.prompt_ids + completion.completion_ids)[:-1])
+        want = torch.stack([routes_of(ids, torch.arange(len(ids)), layer) for layer in (0, 1)], dim=1)
+        assert completion.routes is not None
+        assert completion.routes.dtype == torch.uint8
+        assert completion.routes.device.type == "cpu"
+        assert torch.equal(completion.routes.long(), want), completion.completion_id
 
 
 def requests_of(count: int, *, seed: int = 0, longest: int = 400, new: int = 150, group: int = 4) -> list[Request]:

@@ -136,6 +136,7 @@ FREE = (
     "train.iterations",
     "evaluate.every",
     "rollout.cache_bytes",
+    "update.memory_bytes",
     "steps.runner",
     "sandbox.containers",
     "sandbox.runtime",

@@ -25,6 +25,7 @@ from stages.bench.update_step import Setting, Stopwatch, Trainer, Training, open
 from stages.config import UserError
 from stages.engine import Engine
 from stages.model.shapes import SHAPES
+from stages.model.synthetic import random_tensors
 from tests.stand_in_trainer import Inputs, stand_in_trainer
 
 CPU = torch.device("cpu")
@@ -256,6 +257,8 @@ def test_engine_and_trainer_agree_while_the_policy_moves(training: Training) -> 
     assert abs(row["ratio_mean"] - 1) < 1e-5
     assert row["tokens"] == 3 * 4 * 8
     assert len(row["updates"]) == 3
+    assert row["replay_difference_max"] < 1e-5
+    assert row["sets_differ"] == row["replay_sets_differ"] == row["replay_own_sets_differ"] == 0
     moved = [(a - b).abs().max() for a, (_, b) in zip(before, training.policy.parameters(), strict=True)]
     assert max(moved) > 1e-3  # far enough that a stale engine would be seen
 
@@ -274,6 +277,7 @@ def test_replayed_routes_differ_nowhere_and_are_told_apart(training: Training) -
     computed = sum(len(each.prompt_ids) + 7 for each in completions)
     assert row["sets_differ"] == pytest.approx(1 / (2 * computed))
     assert row["replay_sets_differ"] == 0
+    assert row["replay_own_sets_differ"] == pytest.approx(1 / (2 * computed))
     assert row["replay_tokens"] == row["tokens"] == 32
 
 
@@ -533,3 +537,25 @@ def test_the_report_tells_rows_slopes_peers_iterations_and_agreement(tmp_path: P
     assert "sets under 5%, 1.50 times transformers' own (OVER 1.3)" in told
     assert "with the engine's routes: k3 2.50e-04" in told
     assert told.count("(held)") == 1
+
+
+def test_scaled_weights_are_those_drawn_but_for_what_the_residual_stream_is_given() -> None:
+    shape = SHAPES["gpt-oss-20b"].with_layers(8)
+    config = shape.config()
+    config.update({"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "num_local_experts": 4})
+    drawn, scaled = (
+        dict(
+            random_tensors(
+                config, dtype=torch.float32, generator=torch.Generator().manual_seed(0), scaled_init=scaled_init
+            )
+        )
+        for scaled_init in (False, True)
+    )
+    changed = {name.split(".", 3)[-1] for name in drawn if not torch.equal(drawn[name], scaled[name])}
+    assert changed == {
+        "self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.experts.down_proj_scales", "mlp.experts.down_proj_bias"
+    }  # fmt: skip
+    name = "model.layers.3.self_attn.o_proj.weight"
+    torch.testing.assert_close(scaled[name], drawn[name] / 4)
+    name = "model.layers.3.mlp.experts.down_proj_scales"
+    assert torch.equal(scaled[name] + 2, drawn[name])  # bytes are exponents

@@ -5,6 +5,7 @@ import torch
 
 from stages.kernels import reference, trained_experts
 from stages.kernels.experts import Lora
+from stages.kernels.routing import sort_by_expert
 from stages.kernels.trained_experts import ALL_AT_ONCE, Tiling
 from stages.model import mxfp4
 from stages.model.mxfp4_layout import relay
@@ -90,6 +91,20 @@ def test_output_and_gradients_equal_float64_autograd(rows, width, inner, rank, e
         assert len(found) == len(expected) == (7 if rank else 3)
         for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
             assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max(), index
+
+
+@pytest.mark.parametrize(("rows", "experts", "chosen"), [(1, 4, 4), (700, 32, 32), (40, 5, 3), (300, 128, 100)])
+def test_assignments_are_sorted_by_expert_and_within_one_in_their_order(rows, experts, chosen):
+    generator = torch.Generator().manual_seed(rows)
+    indices = torch.rand(rows, chosen, generator=generator).argsort(-1)[:, :TOP_K].to(DEVICE)
+    found = sort_by_expert(indices, experts)
+    flat = indices.flatten()
+    right = flat.argsort(stable=True)
+    assert torch.equal(found.assigned, right)
+    assert torch.equal(found.owner, flat[right])
+    assert torch.equal(found.places, right.argsort())
+    assert torch.equal(found.counts, flat.bincount(minlength=experts).int())
+    assert torch.equal(found.ends, found.counts.cumsum(0).int())
 
 
 def test_gates_and_ups_beyond_the_limit_have_no_gradient():

@@ -16,6 +16,7 @@ from stages.model.policy import Policy
 from tests.remembering_step import (
     RememberingStep,
     assert_as_expected,
+    assert_routes_as_expected,
     budget,
     remembering_engine,
     requests_of,
@@ -63,11 +64,17 @@ def requests_to(policy: Policy, count: int, *, seed: int = 0, longest: int = 600
     ]
 
 
+@pytest.mark.parametrize("record_routes", [False, True])
 @pytest.mark.parametrize("pages", [6, 9, 40])
-def test_graphs_that_remember_every_token_complete_120_requests_as_worked_out_by_hand(pages: int) -> None:
+def test_graphs_that_remember_every_token_complete_120_requests_as_worked_out_by_hand(
+    pages: int, record_routes: bool
+) -> None:
     requests = requests_of(120, seed=pages)
-    engine = remembering_engine(device="cuda", cache_bytes=budget(pages))
-    assert_as_expected(run(engine, requests), requests)
+    engine = remembering_engine(device="cuda", cache_bytes=budget(pages), record_routes=record_routes)
+    completions = run(engine, requests)
+    assert_as_expected(completions, requests)
+    if record_routes:
+        assert_routes_as_expected(completions)
     step = engine._step
     assert isinstance(step, RememberingStep)
     assert len(step.batches) == 2 * engine.stats.graphs  # warmed up and captured, never called for a token
@@ -133,11 +140,16 @@ def test_an_exception_gives_the_memory_back() -> None:
     assert_as_expected(run(engine, requests), requests)
 
 
-def test_replayed_graphs_sample_what_the_same_step_samples_without_them(policy: Policy) -> None:
+def test_replayed_graphs_sample_and_record_what_the_same_step_does_without_them(policy: Policy) -> None:
     requests = requests_to(policy, 40)
-    graphs = PagedEngine(policy, max_slots=8, max_new_tokens=40)
-    eager = PagedEngine(policy, max_slots=8, max_new_tokens=40, graphs=False)
-    assert run(graphs, requests) == run(eager, requests)
+    graphs = PagedEngine(policy, max_slots=8, max_new_tokens=40, record_routes=True)
+    eager = PagedEngine(policy, max_slots=8, max_new_tokens=40, record_routes=True, graphs=False)
+    replayed, called = run(graphs, requests), run(eager, requests)
+    assert replayed == called == run(PagedEngine(policy, max_slots=8, max_new_tokens=40), requests)
+    for one, other in zip(replayed, called, strict=True):
+        assert one.routes is not None
+        assert other.routes is not None
+        assert torch.equal(one.routes, other.routes)
     assert graphs.stats.graphs > 0
     assert eager.stats.graphs == 0
 

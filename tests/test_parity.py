@@ -1,6 +1,7 @@
 """The trainer against transformers eager, against itself otherwise packed, and against the engine."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from stages.config import ModelConfig
 from stages.engine import Engine, Request, SamplingParams
 from stages.grpo import kl_to_reference
+from stages.model.lora import ATTENTION_TARGETS
+from stages.model.nf4 import dense_weight
 from stages.model.policy import Policy
 from stages.tasks import registry
 from stages.trainer import Pack, Sample, completion_logprobs, deal_packs
@@ -116,6 +119,21 @@ def test_layers_computed_again_in_backward_give_the_same_bits(policy: Policy, sa
     kept, again = with_grads(policy, packs), with_grads(policy, packs, recompute=True)
     for name, grad in kept[1].items():
         assert torch.equal(again[1][name], grad), name
+
+
+def test_attention_and_unembedding_in_nf4_train_as_their_unpacked_weights_do(
+    random_checkpoint: Path, samples: list[Sample]
+) -> None:
+    packed, plain = make_policy(random_checkpoint, dense="nf4"), make_policy(random_checkpoint)
+    head: Any = packed.model.lm_head
+    with torch.no_grad():
+        for ours, theirs in zip(packed.model.model.layers, plain.model.model.layers, strict=True):
+            for name in ATTENTION_TARGETS:
+                unpacked = dense_weight(getattr(ours.self_attn, name).base_layer)
+                getattr(theirs.self_attn, name).base_layer.weight.copy_(unpacked)
+        plain.model.lm_head.weight.copy_(head[0 : head.shape[0]])
+    packs = deal_packs(samples, 10_000)
+    assert_same(with_grads(packed, packs, recompute=True), with_grads(plain, packs), atol=1e-5)
 
 
 def test_packs_hold_every_sample_once_within_their_limit(samples: list[Sample]) -> None:

@@ -18,10 +18,17 @@ from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, sco
 from stages.config import RunConfig, UserError
 from stages.engine import Engine
 from stages.model.policy import Policy
+from stages.runs import show
 from stages.trainer import Pack, Sample, completion_logprobs
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = ["rollout.max_new_tokens=64", "train.iterations=2", "model.experts=dequantized", "update.kl=0.01"]
+SETTINGS = [
+    "rollout.max_new_tokens=64",
+    "train.iterations=2",
+    "model.experts=dequantized",
+    "update.kl=0.01",
+    "update.replay_routes=true",
+]
 
 
 def settings() -> RunConfig:
@@ -166,6 +173,7 @@ def test_the_metrics_say_that_engine_and_trainer_agree_and_what_was_trained(
     for row in rows:
         assert row["engine_difference_max"] < 1e-4
         assert 0 <= row["engine_kl"] < 1e-9
+        assert 0 <= row["routes_differ"] < 1e-4
         assert row["tokens"] > 0
         assert row["grad_norm"] > 0
     # On policy the ratio is exactly 1 at an iteration's first step, and no longer at its second.
@@ -189,6 +197,12 @@ def test_samples_hold_what_each_completion_was_trained_with(finished: tuple[RunD
     for group in (0, 1):
         members = [s["advantage"] for s, r in zip(samples, rollouts, strict=True) if r["group_index"] == group]
         assert sum(members) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_completion_with_recorded_routes_is_told_without_them(finished: tuple[RunDir, dict[str, str]]) -> None:
+    told = json.loads(show.as_json(show.completion(finished[0], "00001-001-003")))
+    assert told["completion"]
+    assert "routes" not in told
 
 
 def test_training_moves_the_policy_towards_what_was_rewarded(finished: tuple[RunDir, dict[str, str]]) -> None:

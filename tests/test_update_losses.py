@@ -14,6 +14,7 @@ from flows.presets import preset
 from stages import load, rollout, update
 from stages.artifacts import RunDir, Session, StageContext, StageId, execute
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, scores_schema, write_parts
+from stages.config import UpdateConfig, UserError
 from stages.grpo import LOSSES
 from stages.model.policy import open_policy
 from stages.trainer import Pack, Sample, completion_logprobs
@@ -148,16 +149,37 @@ def test_what_is_left_out_is_dealt_evenly_and_so_is_the_rest() -> None:
 
 def test_a_disagreement_of_engine_and_trainer_is_one_warning_with_its_cure(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        update.warn_of_disagreement(3, 0.009, "none")
+        update.warn_of_disagreement(3, 0.009, UpdateConfig())
         assert not caplog.records
-        update.warn_of_disagreement(3, 0.02, "none")
-        update.warn_of_disagreement(3, float("nan"), "truncated")
-    first, second = (record.getMessage() for record in caplog.records)
+        update.warn_of_disagreement(3, 0.02, UpdateConfig())
+        update.warn_of_disagreement(3, float("nan"), UpdateConfig(correction="truncated"))
+        update.warn_of_disagreement(3, 0.02, UpdateConfig(correction="truncated", replay_routes=True))
+    first, second, third = (record.getMessage() for record in caplog.records)
     assert "iteration 3" in first
     assert "0.02" in first
     assert "update.correction=truncated" in first
-    assert "model.dtype=float32" in second
-    assert "\n" not in first + second
+    assert "update.replay_routes=true" in second
+    assert "model.dtype=float32" in third
+    assert "\n" not in first + second + third
     heading = "## When engine and trainer disagree"
     assert heading in (Path(__file__).parents[1] / "README.md").read_text()
     assert heading.removeprefix("## ") in first
+
+
+def test_memory_that_runs_out_is_an_error_with_a_hint_and_leaves_no_gradient(
+    sampled: RunDir, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nmore")
+
+    monkeypatch.setattr(update, "policy_loss", runs_out)
+    with pytest.raises(UserError, match="update of iteration 0: CUDA out of memory") as caught:
+        updated(sampled, session, tmp_path / "run", [])
+    assert "update.memory_bytes" in str(caught.value.hint)
+    assert not RunDir(tmp_path / "run").folder(UPDATE).exists()
+    monkeypatch.undo()
+    run = RunDir(tmp_path / "run")
+    execute(run, run.config(), UPDATE, update.run, session)
+    twin = updated(sampled, session, tmp_path / "twin", [])
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (run.folder(UPDATE) / name).read_bytes() == (twin.folder(UPDATE) / name).read_bytes()

@@ -2,7 +2,7 @@
 
 A stage's key is the sha256 of its name, index, STAGE_VERSION, the config values it reads (the seed is one of them) and
 the content digests of the stages it reads. Raise a STAGE_VERSION by hand when the stage would write something else from
-the same input. In no key: train.iterations, evaluate.every, rollout.cache_bytes, steps.*,
+the same input. In no key: train.iterations, evaluate.every, rollout.cache_bytes, update.memory_bytes, steps.*,
 sandbox.{containers,backend,runtime}, logging.*.
 """
 
@@ -39,11 +39,16 @@ def exported_from(updates: int) -> list[StageId]:
 SAMPLING = ("rollout.max_new_tokens", "rollout.temperature", "rollout.max_slots")
 JUDGING = ("task.*", "sandbox.cpu_s", "sandbox.memory_bytes", "train.seed")
 PLAYING = ("evaluate.programs", "evaluate.games", *SAMPLING, *JUDGING)
+NOT_READ = "update.memory_bytes"  # though update.* is: a smaller card may go on with a run
 ADAPTER = ("update.lora_rank", "update.lora_alpha", "update.lora_dtype")
 
 STAGES: dict[str, Stage] = {
     "load": Stage(1, ("model.*",), lambda _: []),
-    "rollout": Stage(1, ("rollout.prompts", "rollout.group_size", *SAMPLING, "task.*", "train.seed", *ADAPTER), after),
+    "rollout": Stage(
+        1,
+        ("rollout.prompts", "rollout.group_size", *SAMPLING, "task.*", "train.seed", *ADAPTER, "update.replay_routes"),
+        after,
+    ),
     "score": Stage(2, JUDGING, lambda i: [StageId("rollout", i)]),
     "update": Stage(2, ("update.*", "rollout.max_new_tokens", "rollout.temperature", "train.seed"), trained_on),
     "evaluate": Stage(1, (*PLAYING, *ADAPTER), after),
@@ -61,7 +66,9 @@ def inputs_of(stage: StageId, config: RunConfig, digests: Mapping[StageId, str])
     entry = STAGES[stage.name]
     values: dict[str, OptionValue] = {}
     for key, value in config.flat().items():
-        if any(key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1])) for pattern in entry.reads):
+        if key != NOT_READ and any(
+            key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1])) for pattern in entry.reads
+        ):
             values[key] = value
     if stage.name == "export":
         values["export.format"] = stage.label

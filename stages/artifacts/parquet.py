@@ -45,6 +45,8 @@ ROLLOUTS = table_schema(
         column("finish_reason", pa.string()),
         column("seed", pa.int64()),
         column("num_tokens", pa.int32(), "tokens of the completion"),
+        # null without update.replay_routes. C order; a token's choices in any order. The last token is not computed.
+        column("routes", pa.binary(), "expert chosen, uint8 [prompt + completion - 1, layers, k]", null=True),
     ],
 )
 
@@ -76,7 +78,6 @@ SAMPLES = table_schema(
         column("policy_logprobs", pa.list_(pa.float32()), "nat, before the iteration's first step"),
         column("reference_logprobs", pa.list_(pa.float32()), "nat, without the adapter", null=True),
         column("importance_weights", pa.list_(pa.float32()), "policy over engine probability, as corrected", null=True),
-        column("routes", pa.list_(pa.uint8()), "expert index, layer by layer, top-k by top-k", null=True),
     ],
 )
 
@@ -100,6 +101,9 @@ METRICS = table_schema(
         column("engine_ratio_mean", pa.float64(), "policy over engine probability, before any correction", null=True),
         column("engine_ratio_min", pa.float64(), null=True),
         column("engine_ratio_max", pa.float64(), null=True),
+        column(
+            "routes_differ", pa.float64(), "share of (token, layer) that the trainer would route otherwise", null=True
+        ),
         column("entropy", pa.float64(), "nat, per token", null=True),
         column("grad_norm", pa.float64(), "L2, before clipping", null=True),
         column("zero_signal_groups", pa.int32(), "groups whose rewards are all equal", null=True),
@@ -252,7 +256,7 @@ def read_table(
 def read_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise damaged(path, error) from error
 
 
@@ -261,7 +265,7 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             present = None if columns is None else [each for each in columns if each in file.schema_arrow.names]
             return file.read(columns=present)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise damaged(path, error) from error
 
 

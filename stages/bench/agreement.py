@@ -1,13 +1,14 @@
 """How far the engine's view of its own tokens lies from the trainer's, over updates that move the policy.
 
 Of every update: the k3 estimate of KL(engine || trainer), the raw ratio trainer / engine, the difference of the
-log-probabilities, and where the engine records its routes the share of (token, layer) whose set of experts differs,
-each also with the engine's routes replayed in the trainer. The yardstick is transformers' own eager model of the same
-weights, one row at a time against all rows in one padded batch: what the shape of a batch alone changes in 16 bits.
+log-probabilities, and the share of (token, layer) that are computed with another set of experts, each also with the
+engine's routes replayed in the trainer, and then the share that its routers would have sent elsewhere. The yardstick is
+transformers' own eager model of the same weights, one row at a time against all rows in one padded batch: what the
+shape of a batch alone changes in 16 bits.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from stages.bench.update_step import DTYPES, Setting, Stopwatch, Training
 from stages.engine import Completion, Engine, Request, SamplingParams
 from stages.grpo import advantages
 from stages.model.shapes import Shape
+from stages.trainer.routes import other_experts
 
 Row = dict[str, Any]
 YARDSTICK_ROWS = 8
@@ -40,18 +42,19 @@ def case_of(shape: Shape) -> Case:
 
 
 class Scored(NamedTuple):
-    """One completion: natural logs float32 [C] of its tokens, and the experts int [R, layers, k] of its last R computed
-    tokens (the very last token is not computed); None where they are not known.
+    """One completion: natural logs float32 [C] of its tokens, the experts int [R, layers, k] of its last R computed
+    tokens (the very last token is not computed), and those that the routers would have chosen; None where not known.
     """
 
     logprobs: Tensor
     routes: Tensor | None
+    own: Tensor | None = None
 
 
 def measure(training: Training, case: Case, *, updates: int, seed: int = 0) -> Row:
     """The figures over `updates` rollouts and updates: means of means, the largest of maxima, and each update's own."""
-    sizes = {"max_slots": case.prompts * case.group_size, "max_new_tokens": case.new_tokens}
-    engine = Engine(training.policy, **sizes)
+    slots = case.prompts * case.group_size
+    engine = Engine(training.policy, max_slots=slots, max_new_tokens=case.new_tokens, record_routes=True)
     found = []
     try:
         for update in range(updates):
@@ -66,14 +69,14 @@ def update_row(training: Training, completions: Sequence[Completion], case: Case
     """The figures of one rollout, which is then trained on."""
     samples = samples_of(training, completions, case, replay=False)
     device = training.policy.device
-    engine = [
-        Scored(torch.tensor(each.engine_logprobs, device=device), routes_of(each, device)) for each in completions
-    ]
+    engine = [Scored(torch.tensor(each.engine_logprobs, device=device), each.routes) for each in completions]
     trainer = [scored(training, sample) for sample in samples]
     row = compared(engine, trainer)
     if all(each.routes is not None for each in engine):
         replayed = [scored(training, each) for each in samples_of(training, completions, case, replay=True)]
         row |= {f"replay_{name}": value for name, value in compared(engine, replayed).items()}
+        own = [Scored(each.logprobs, each.own) for each in replayed]
+        row["replay_own_sets_differ"] = compared(engine, own)["sets_differ"]
     packs = training.trainer.pack(samples, sum(len(each.prompt_ids) + case.new_tokens for each in completions))
     training.step(packs, Stopwatch(device), on_policy=False)
     return row
@@ -105,8 +108,8 @@ def sets_differ(first: Tensor, second: Tensor) -> Tensor:
     one's, both end at the same token.
     """
     rows = min(first.shape[0], second.shape[0])
-    first, second = (routes[-rows:].to(torch.int64).cpu().sort(-1).values for routes in (first, second))
-    return (first != second).any(-1).flatten()
+    first, second = (routes[-rows:].cpu() for routes in (first, second))
+    return other_experts(first, second).flatten()
 
 
 def summary(rows: Sequence[Row]) -> Row:
@@ -147,16 +150,10 @@ def samples_of(training: Training, completions: Sequence[Completion], case: Case
             completion_ids=completion.completion_ids,
             engine_logprobs=completion.engine_logprobs,
             advantage=gain,
-            routes=getattr(completion, "routes", None) if replay else None,
+            routes=completion.routes if replay else None,
         )
         for completion, gain in zip(completions, gains, strict=True)
     ]
-
-
-def routes_of(completion: Completion, device: torch.device) -> Tensor | None:
-    """The experts int [R, layers, k] that the engine chose; None where it records none."""
-    routes = getattr(completion, "routes", None)
-    return None if routes is None else torch.as_tensor(routes, device=device)
 
 
 def scored(training: Training, sample: Any) -> Scored:
@@ -164,9 +161,32 @@ def scored(training: Training, sample: Any) -> Scored:
     Routes are those it went by.
     """
     (pack,) = training.trainer.pack([sample], len(sample.prompt_ids) + len(sample.completion_ids))
-    routes: list[Tensor] = []
-    logprobs = training.logprobs(pack, grad=False, replay_routes=sample.routes is not None, routes=routes)
-    return Scored(logprobs, torch.stack(routes, dim=1) if sample.routes is None else sample.routes)
+    own: list[Tensor] = []
+    with experts_noted(training.policy.model) as used:
+        logprobs = training.logprobs(pack, grad=False, replay_routes=sample.routes is not None, routes=own)
+    return Scored(logprobs, torch.stack(used, dim=1), torch.stack(own, dim=1))
+
+
+@contextmanager
+def experts_noted(model: Any) -> Iterator[list[Tensor]]:
+    """Within it the experts [tokens, k] that each layer of the trainer computes with are kept, layer after layer."""
+    noted: list[Tensor] = []
+
+    def noting(trained: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted_first(hidden: Tensor, indices: Tensor, *rest: Any, **options: Any) -> Tensor:
+            noted.append(indices)
+            return trained(hidden, indices, *rest, **options)
+
+        return noted_first
+
+    modules = [layer.mlp.experts for layer in model.model.layers]
+    for experts in modules:
+        experts.trained = noting(experts.trained)
+    try:
+        yield noted
+    finally:
+        for experts in modules:
+            del experts.trained
 
 
 @contextmanager
@@ -198,7 +218,12 @@ def yardstick(setting: Setting, *, device: torch.device) -> Row:
     lengths = (case.shortest + case.new_tokens, case.longest + case.new_tokens)
     rows = draw_prompts(YARDSTICK_ROWS, lengths, vocabulary=setting.shape.vocabulary, seed=setting.seed)
     model = transformers_model(
-        setting.shape, device=device, seed=setting.seed, dtype=DTYPES[setting.dtype], unpacked=True
+        setting.shape,
+        device=device,
+        seed=setting.seed,
+        dtype=DTYPES[setting.dtype],
+        unpacked=True,
+        scaled_init=setting.scaled_init,
     )
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")

@@ -82,10 +82,12 @@ def transformers_model(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     unpacked: bool = False,
+    scaled_init: bool = False,
 ) -> Any:
     """transformers' own model of this shape, nothing of ours in it: random weights made on the device.
 
     unpacked: the weights of the synthetic policy of that seed, its experts as `dtype`; without its adapter.
+    scaled_init: as in random_tensors.
     """
     from transformers import GptOssForCausalLM
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -97,7 +99,7 @@ def transformers_model(
         model = GptOssForCausalLM(config)
     model.model.rotary_emb = GptOssRotaryEmbedding(config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    drawn = random_tensors(config, dtype=dtype, generator=generator, mxfp4=unpacked)
+    drawn = random_tensors(config, dtype=dtype, generator=generator, mxfp4=unpacked, scaled_init=scaled_init)
     for name, tensor in dense_experts(drawn, dtype) if unpacked else drawn:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))

@@ -37,6 +37,11 @@ def add_update_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dense", choices=("full", "nf4"), default="full", help="attention and unembedding (full)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of all that is not packed")
     parser.add_argument("--offload-embedding", action="store_true", help="keep the embedding in CPU memory")
+    parser.add_argument(
+        "--scaled-init",
+        action="store_true",
+        help="random weights as a model's training begins with: residual projections 1/sqrt(2 layers) as large",
+    )
     parser.add_argument("--optimizer", default="adamw_8bit", metavar="NAME", help="as update.optimizer (adamw_8bit)")
     parser.add_argument("--loss", default="grpo", metavar="NAME", help="as update.loss (grpo)")
     parser.add_argument("--learning-rate", type=float, default=5e-5, metavar="RATE", help="of every update (5e-5)")
@@ -92,6 +97,7 @@ def bench_update(args: Namespace, *, trainer: "Trainer | None" = None) -> int:
         lora_dtype=args.lora_dtype,
         optimizer=args.optimizer,
         offload_embedding=args.offload_embedding,
+        scaled_init=args.scaled_init,
         loss=args.loss,
         learning_rate=args.learning_rate,
         seed=args.seed,

@@ -190,7 +190,12 @@ def agreement_lines(rows: Sequence[Row]) -> Iterator[str]:
         if "replay_k3" in row:
             replay = {name.removeprefix("replay_"): value for name, value in row.items() if name.startswith("replay_")}
             held = "held" if replay["k3"] < K3_REPLAY and not replay.get("sets_differ") else "MISSED"
-            yield f"   with the engine's routes: {agreement_words(replay)} ({held})"
+            would = (
+                f"; its routers would send {replay['own_sets_differ']:.2%} elsewhere"
+                if "own_sets_differ" in replay
+                else ""
+            )
+            yield f"   with the engine's routes: {agreement_words(replay)} ({held}){would}"
 
 
 def agreement_words(row: Row) -> str:

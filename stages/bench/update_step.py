@@ -70,6 +70,7 @@ class Setting:
     lora_dtype: str = "bf16"
     optimizer: str = "adamw_8bit"
     offload_embedding: bool = False
+    scaled_init: bool = False
     loss: str = "grpo"
     learning_rate: float = 5e-5
     seed: int = 0
@@ -84,12 +85,17 @@ class Setting:
             "lora_dtype": self.lora_dtype,
             "optimizer": self.optimizer,
             "offload_embedding": self.offload_embedding,
+            "scaled_init": self.scaled_init,
         }
 
 
 def open_policy(setting: Setting, *, device: torch.device) -> Policy:
     """The synthetic policy, with LoRA where the setting wants it."""
-    kept: dict[str, Any] = {"dense": setting.dense, "offload_embedding": setting.offload_embedding}
+    kept: dict[str, Any] = {
+        "dense": setting.dense,
+        "offload_embedding": setting.offload_embedding,
+        "scaled_init": setting.scaled_init,
+    }
     policy = synthetic_policy(
         setting.shape,
         lora_rank=setting.rank,

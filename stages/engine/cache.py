@@ -28,6 +28,7 @@ class Prompt(NamedTuple):
     values: list[Tensor]
     logits: Tensor  # [V], of the token that follows the prompt
     num_tokens: int
+    routes: Tensor | None = None  # uint8 [L, layers, k], where they are recorded
 
 
 class Cache:

@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.artifacts import StageContext
 from stages.engine.cache import Cache
 from stages.engine.paged_engine import PagedEngine, Stats
+from stages.engine.routes import SlotRoutes, row_shape, taken
 from stages.engine.runner import Runner
 from stages.engine.sampler import Sampler
 from stages.engine.scheduler import Scheduler
@@ -37,20 +38,35 @@ class Engine:
         completions = engine.run(requests, on_finished=journal)
     """
 
-    def __init__(self, policy: Policy, *, max_slots: int, max_new_tokens: int, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_slots: int,
+        max_new_tokens: int,
+        cache_bytes: int = 0,
+        record_routes: bool = False,
+    ) -> None:
         """max_slots: sequences that run at once; max_new_tokens: the most any request may ask for.
 
         cache_bytes: what keys and values may take on a GPU, 0 for what is free there; on the CPU max_slots and
-        max_new_tokens say it.
+        max_new_tokens say it. record_routes: completions carry the experts that were chosen. A token's take a byte for
+        each layer and choice, 96 of gpt-oss-20b's and 144 of gpt-oss-120b's: in the CPU's memory for each token of
+        prompt and completion of what a run returns, and for max_slots x max_new_tokens of them while it runs; on a GPU
+        for max_slots tokens, and for those of a prefill while it is computed.
         """
         if max_slots < 1 or max_new_tokens < 1:
             raise ValueError(f"max_slots and max_new_tokens must be 1 or more, got {max_slots} and {max_new_tokens}")
         self.policy = policy
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.record_routes = max_new_tokens, record_routes
         self._paged: PagedEngine | None = None
         if policy.device.type == "cuda":
             self._paged = PagedEngine(
-                policy, max_slots=max_slots, max_new_tokens=max_new_tokens, cache_bytes=cache_bytes
+                policy,
+                max_slots=max_slots,
+                max_new_tokens=max_new_tokens,
+                cache_bytes=cache_bytes,
+                record_routes=record_routes,
             )
             self.max_slots = max_slots
         else:
@@ -100,6 +116,9 @@ class Engine:
         sizes = {"max_slots": self.max_slots, "max_new_tokens": self.max_new_tokens}
         cache = Cache(self.policy.model.config, **sizes, dtype=self.policy.dtype, device=device)
         sampler = Sampler(**sizes, device=device)
+        routes = SlotRoutes(row_shape(self.policy.model.config), **sizes) if self.record_routes else None
+        noted: list[Tensor] | None = None if routes is None else []
+        self.runner.routes = noted
         logits = torch.zeros(self.max_slots, vocabulary, dtype=self.policy.dtype, device=device)
         finished: dict[str, Completion] = {}
         while not scheduler.done:
@@ -120,13 +139,21 @@ class Engine:
             for slot, sequence in list(scheduler.running.items()):
                 reason = sequence.append(sampled_tokens[slot], sampled_logprobs[slot])
                 if reason is not None:
-                    completion = sequence.completion(reason)
+                    recorded = None
+                    if routes is not None:
+                        prompt = cache.prompts[sequence.request.prompt_ids].routes
+                        assert prompt is not None
+                        recorded = routes.completion(slot, prompt.numpy(), len(sequence.token_ids))
+                    completion = sequence.completion(reason, recorded)
                     finished[completion.completion_id] = completion
                     cache.release(*scheduler.finish(sequence))
                     on_finished(completion)
             on_step(num_sampled)
             if scheduler.running:
                 logits = self.runner.decode(cache, tokens, steps)
+                if routes is not None and noted is not None:
+                    slots = list(scheduler.running)
+                    routes.note(slots, steps[slots].tolist(), taken(noted)[slots].numpy())
         return [finished[request.completion_id] for request in requests]
 
     def generate(
@@ -178,4 +205,7 @@ def live_engine(context: StageContext, policy: Policy) -> Engine:
     """The session's one engine for its policy, as the configuration's rollout section has it."""
     rollout = context.config.rollout
     sizes = {"max_slots": rollout.max_slots, "max_new_tokens": rollout.max_new_tokens}
-    return context.session.get("engine", lambda: Engine(policy, **sizes, cache_bytes=rollout.cache_bytes))
+    record = context.config.update.replay_routes
+    return context.session.get(
+        "engine", lambda: Engine(policy, **sizes, cache_bytes=rollout.cache_bytes, record_routes=record)
+    )

@@ -20,6 +20,7 @@ from stages.engine.graphs import Graphs
 from stages.engine.paged_cache import PagedCache, Sizes
 from stages.engine.paged_run import PagedRun, Stats, StepLike
 from stages.engine.pages import KEPT_PROMPTS, PAGE, Pages, pages_needed
+from stages.engine.routes import SlotRoutes, row_shape, taken
 from stages.engine.sequence import Completion, Request
 from stages.kernels.sampling import FULL, make_state, sample
 from stages.model.policy import Policy
@@ -39,11 +40,13 @@ class PagedEngine:
         max_slots: int,
         max_new_tokens: int,
         cache_bytes: int = 0,
+        record_routes: bool = False,
         graphs: bool | None = None,
         step: Callable[[Policy, int, int], StepLike] | None = None,
         memory: CacheMemory | None = None,
     ) -> None:
-        """cache_bytes: the cache's budget, 0 for what is free. graphs: None captures them on a card and nowhere else.
+        """cache_bytes: the cache's budget, 0 for what is free. record_routes: as Engine has it. graphs: None captures
+        them on a card and nowhere else.
 
         step makes the model's mathematics for (policy, rows at most, context at most); None takes Step. memory: where
         the cache lies; None takes the best there is.
@@ -52,6 +55,11 @@ class PagedEngine:
         self._make_step = step
         self._config = policy.model.config
         self._state = make_state(max_slots=max_slots, max_new_tokens=max_new_tokens, device=policy.device)
+        self._max_new_tokens = max_new_tokens
+        self._routes: Tensor | None = None  # uint8 [max_slots, layers, k], of the last step's rows
+        if record_routes:
+            shape = (max_slots, *row_shape(self._config))
+            self._routes = torch.zeros(shape, dtype=torch.uint8, device=policy.device)
         self._memory = memory or cache_memory(policy.device)
         self._capture = policy.device.type == "cuda" if graphs is None else graphs
         self._max_context = 0
@@ -113,6 +121,11 @@ class PagedEngine:
         assert self._graphs is not None
         assert self._page_table is not None
         self._step.refresh()
+        slot_routes = None
+        if self._routes is not None:
+            self._step.routes = []
+            shape = (self._routes.shape[1], self._routes.shape[2])
+            slot_routes = SlotRoutes(shape, max_slots=self.max_slots, max_new_tokens=self._max_new_tokens)
         self._graphs.capture_s = 0.0
         self._page_table.zero_()
         self._state.finished.fill_(FULL)
@@ -130,6 +143,8 @@ class PagedEngine:
             pages=pages,
             graphs=self._graphs,
             stats=self.stats,
+            step_routes=self._routes,
+            slot_routes=slot_routes,
             on_finished=on_finished,
             on_step=on_step,
         )
@@ -188,6 +203,9 @@ class PagedEngine:
             assert self._cache is not None
             state = self._state
             logits = step.embed_and_decode(rows, state.tokens, state.positions, table, self._cache.layers)
+            if self._routes is not None:
+                assert step.routes is not None
+                self._routes[: rows.shape[0]].copy_(taken(step.routes))
             sample(logits, rows=rows, state=state, filtered=filtered)
 
         self._graphs = Graphs(decode, max_rows=max_slots, dummy=self._state.dummy, device=device, capture=self._capture)

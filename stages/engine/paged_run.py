@@ -21,6 +21,7 @@ from stages.engine.cache import LayerCache
 from stages.engine.graphs import Graphs, bucket_of
 from stages.engine.paged_cache import Copy, PagedCache, Span
 from stages.engine.pages import PAGE, Kept, Pages
+from stages.engine.routes import PromptRoutes, SlotRoutes, taken
 from stages.engine.sampler import uniforms
 from stages.engine.scheduler import Scheduler
 from stages.engine.sequence import Completion, Request, SamplingParams, Sequence
@@ -33,6 +34,8 @@ LAG = 2  # steps launched and not yet read; one would do if the host were never 
 
 class StepLike(Protocol):
     """The model's mathematics, see stages/engine/step.py."""
+
+    routes: list[Tensor] | None
 
     def refresh(self) -> None: ...
 
@@ -92,12 +95,18 @@ class PagedRun:
         pages: Pages,
         graphs: Graphs,
         stats: Stats,
+        step_routes: Tensor | None = None,
+        slot_routes: SlotRoutes | None = None,
         on_finished: Callable[[Completion], None],
         on_step: Callable[[int], None],
     ) -> None:
+        """step_routes: where a decode step puts its rows' routes, uint8 [max_slots, layers, k], if they are recorded;
+        slot_routes: where they are kept.
+        """
         self.requests, self.step, self.state, self.cache = requests, step, state, cache
         self.pages, self.graphs, self.stats = pages, graphs, stats
         self.on_finished, self.on_step = on_finished, on_step
+        self.step_routes, self.slot_routes = step_routes, slot_routes
         self.page_table, self.device = page_table, page_table.device
         self.max_slots = state.dummy
         self.scheduler = Scheduler(requests, max_slots=self.max_slots)
@@ -138,15 +147,20 @@ class PagedRun:
         kept = {ids: pages.kept[ids] for ids in followers if ids in pages.kept}
         packs = [(pack, self._prefill(pack)) for pack in packed(leaders)]
         copies = [self._copy(ids, kept[ids], to) for ids in kept for to in followers[ids]]
+        for ids, prompt in kept.items():
+            for to in followers[ids]:
+                to.prompt_routes = prompt.routes
         for leader in leaders:
             ids = leader.request.prompt_ids
             copies += [self._copy(ids, leader, to) for to in followers[ids] if to is not leader]
+            for to in followers[ids]:
+                to.prompt_routes = leader.prompt_routes
         for pack, logits in packs:
             for document, leader in enumerate(pack):
                 ids = leader.request.prompt_ids
                 keeping = pages.keep(ids)
                 if keeping:
-                    keeping.logits = logits[document].clone()
+                    keeping.logits, keeping.routes = logits[document].clone(), leader.prompt_routes
                     copies.append(self._copy(ids, leader, keeping))
         self.cache.copy(copies)
         for pack, logits in packs:
@@ -198,7 +212,9 @@ class PagedRun:
                     Span(leader.slot, leader.pages, 0, len(prompt))
                     for leader, prompt in zip(pack, prompts, strict=True)
                 ]
-                return self.step.prefill(ids, starts, 0, None, self.cache.writer(spans))
+                logits = self.step.prefill(ids, starts, 0, None, self.cache.writer(spans))
+                self._note_prompts(pack, [len(prompt) for prompt in prompts])
+                return logits
             (leader,), (prompt,) = pack, prompts
             for begin in range(0, len(prompt), PREFILL_TOKENS):
                 chunk = prompt[begin : begin + PREFILL_TOKENS]
@@ -206,7 +222,17 @@ class PagedRun:
                 past = self.cache.reader(span) if begin else None
                 ids = upload(chunk, torch.int64, self.device)
                 logits = self.step.prefill(ids, [0], begin, past, self.cache.writer([span]))
+                self._note_prompts(pack, [len(chunk)])
             return logits
+
+    def _note_prompts(self, pack: SequenceOf[Sequence], lengths: list[int]) -> None:
+        """Of the prefill just launched, adds lengths[i] tokens' routes to what leader i's prompt has."""
+        if self.slot_routes is None:
+            return
+        assert self.step.routes is not None
+        for leader, rows in zip(pack, taken(self.step.routes).split(lengths), strict=True):
+            leader.prompt_routes = leader.prompt_routes or PromptRoutes()
+            leader.prompt_routes.add(rows)
 
     def _copy(self, prompt_ids: tuple[int, ...], source: Sequence | Kept, target: Sequence | Kept) -> Copy:
         whole, partial = divmod(len(prompt_ids), PAGE)
@@ -245,15 +271,22 @@ class PagedRun:
     def _owe(self, sequences: list[Sequence], *, decoded: bool) -> None:
         for sequence in sequences:
             sequence.num_launched += 1
-        results = Readback(self.state.results[: len(sequences)])
-        self._in_flight.append(_InFlight(sequences, results, decoded))
+        sources = [self.state.results[: len(sequences)]]
+        if decoded and self.step_routes is not None:
+            sources.append(self.step_routes[: len(sequences)])
+        self._in_flight.append(_InFlight(sequences, Readback(*sources), decoded))
 
     def _collect(self) -> None:
         """Reads the oldest results."""
         owed = self._in_flight.pop(0)
         started = time.perf_counter()
-        results = owed.results.wait()
+        results, *routes = owed.results.wait()
         self.stats.waiting_s += time.perf_counter() - started
+        if routes and self.slot_routes is not None:
+            live = [row for row, sequence in enumerate(owed.sequences) if sequence.slot >= 0]
+            fed = [owed.sequences[row] for row in live]
+            places = [len(sequence.token_ids) - 1 for sequence in fed]
+            self.slot_routes.note([sequence.slot for sequence in fed], places, routes[0][live])
         tokens = results[:, 0].tolist()
         logprobs = results[:, 1].copy().view(np.float32).tolist()
         num_sampled = 0
@@ -266,7 +299,7 @@ class PagedRun:
             num_sampled += 1
             reason = sequence.append(token, logprob)
             if reason is not None:
-                completion = sequence.completion(reason)
+                completion = sequence.completion(reason, self._routes_of(sequence))
                 self.finished[completion.completion_id] = completion
                 self.scheduler.finish(sequence)
                 self.pages.release(sequence)
@@ -276,6 +309,12 @@ class PagedRun:
             self.stats.decode_tokens += num_sampled
         if num_sampled:
             self.on_step(num_sampled)
+
+    def _routes_of(self, sequence: Sequence) -> Tensor | None:
+        """Of a sequence that ends and is still in its slot."""
+        if self.slot_routes is None:
+            return None
+        return self.slot_routes.completion(sequence.slot, sequence.prompt_routes.rows(), len(sequence.token_ids))
 
     @contextlib.contextmanager
     def _timed_prefill(self) -> Iterator[None]:

@@ -34,6 +34,7 @@ class Kept:
     pages: list[int]  # its whole pages, then the copy of its partial one if it has one
     row: int  # which of the rows for kept prompts
     logits: Any = None  # [V], of the token that follows it
+    routes: Any = None  # its PromptRoutes, where they are recorded
 
 
 class Pages:

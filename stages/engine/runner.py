@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.engine.cache import Cache, Prompt
+from stages.engine.routes import taken
 from stages.kernels.attention import Partial, apply_sinks, attend, merge, sink_attention
 from stages.model.policy import Policy
 
@@ -29,6 +30,7 @@ class Runner:
         self.policy = policy
         self.config = policy.model.config
         self._decoder = policy.model.model
+        self.routes: list[Tensor] | None = None  # a list takes each layer's choices int64 [N, k]
 
     def prefill(self, prompt_ids: tuple[int, ...]) -> Prompt:
         """Computes a prompt of T tokens, alone, so that its keys do not depend on what else is waiting."""
@@ -47,7 +49,8 @@ class Runner:
         ids = torch.tensor(prompt_ids, device=self.policy.device)
         hidden = self._forward(ids, torch.arange(len(prompt_ids), device=self.policy.device), attend_prompt)
         logits = self.policy.model.lm_head(hidden[-1:])[0]
-        return Prompt(keys=all_keys, values=all_values, logits=logits, num_tokens=len(prompt_ids))
+        routes = None if self.routes is None else taken(self.routes).to(torch.uint8)
+        return Prompt(keys=all_keys, values=all_values, logits=logits, num_tokens=len(prompt_ids), routes=routes)
 
     def decode(self, cache: Cache, tokens: Tensor, steps: Tensor) -> Tensor:
         """Logits [S, V] after `tokens` int64 [S], each its slot's completion token number `steps` int64 [S]."""
@@ -96,6 +99,8 @@ class Runner:
             hidden = hidden + attention.o_proj(attended.flatten(-2))
             normed = layer.post_attention_layernorm(hidden)
             _, routing, chosen = layer.mlp.router(normed)
+            if self.routes is not None:
+                self.routes.append(chosen)
             hidden = hidden + layer.mlp.experts(normed, chosen, routing)
         return self._decoder.norm(hidden)
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,8 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One finished completion. engine_logprobs are natural logs under the distribution that was sampled from, filters
-    and all; for greedy sampling, those of temperature 1.
+    and all; for greedy sampling, those of temperature 1. routes: uint8 [P + C - 1, layers, k] on the CPU, the experts
+    chosen for each token of prompt and completion but the last, which is not computed; None if they were not recorded.
     """
 
     completion_id: str
@@ -56,6 +60,7 @@ class Completion:
     engine_logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
     seed: int
+    routes: "Tensor | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(eq=False)
@@ -68,6 +73,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)  # of the paged cache, in the order of its tokens
     num_launched: int = 0  # tokens asked of the device, of which it may still owe the last few
+    prompt_routes: Any = None  # PromptRoutes of the prefill that computed its prompt, where routes are recorded
 
     def append(self, token: int, logprob: float) -> Literal["stop", "length"] | None:
         """Records a sampled token; says why the sequence has ended, if it has."""
@@ -77,7 +83,7 @@ class Sequence:
             return "stop"
         return "length" if len(self.token_ids) == self.request.sampling.max_new_tokens else None
 
-    def completion(self, finish_reason: Literal["stop", "length"]) -> Completion:
+    def completion(self, finish_reason: Literal["stop", "length"], routes: "Tensor | None" = None) -> Completion:
         return Completion(
             completion_id=self.request.completion_id,
             prompt_ids=self.request.prompt_ids,
@@ -85,6 +91,7 @@ class Sequence:
             engine_logprobs=tuple(self.logprobs),
             finish_reason=finish_reason,
             seed=self.request.sampling.seed,
+            routes=routes,
         )
 
 

@@ -74,7 +74,7 @@ class Step:
         self.max_context = max_context
         split_rows = min(max_rows, max_split_rows(kv_heads=self.config.num_key_value_heads))
         self.workspace = make_workspace(split_rows, heads, channels, max_context, policy.device)
-        # A list takes each decode layer's choices int [b, k]; of a captured step, where every replay puts them.
+        # A list takes each layer's choices int [b, k] or [T, k]; of a captured step, where every replay puts them.
         self.routes: list[Tensor] | None = None
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Step:
             )
             write_kv(index, key, value)
             normed = self._add_norm(layer, residual, layer.o(attended.flatten(1)))
-            residual += layer.experts_prefill(normed, self.top_k)
+            residual += layer.experts_prefill(normed, self.top_k, self.routes)
             normed = self._norm(residual, self.norms[index + 1])
         last = normed[torch.tensor(ends, device=ids.device) - 1]
         return unembed(self.policy.model.lm_head, last)
@@ -280,14 +280,19 @@ class _Layer:
         dtype = self.dtype
         return _rotated(query, cos, sin).to(dtype), _rotated(key, cos, sin).to(dtype), value.to(dtype).contiguous()
 
-    def experts_prefill(self, normed: Tensor, top_k: int) -> Tensor:
-        """The experts' weighted sum float32 [T, D]."""
+    def experts_prefill(self, normed: Tensor, top_k: int, routes: list[Tensor] | None) -> Tensor:
+        """The experts' weighted sum float32 [T, D]; routes, where it is a list, takes their choice."""
         if self.packed is None:
             _, weights, indices = self.router(normed)
+        else:
+            logits = router_logits(normed, self.router.weight, self.router.bias)
+            values, order = logits.sort(dim=-1, descending=True, stable=True)
+            weights, indices = values[:, :top_k].softmax(-1), order[:, :top_k]
+        if routes is not None:
+            routes.append(indices.to(torch.uint8))  # a copy: `order` is eight bytes for every expert
+        if self.packed is None:
             return self.experts(normed, indices, weights).float()
-        logits = router_logits(normed, self.router.weight, self.router.bias)
-        values, indices = logits.sort(dim=-1, descending=True, stable=True)
-        return experts_prefill(normed, indices[:, :top_k], values[:, :top_k].softmax(-1), self.packed)
+        return experts_prefill(normed, indices, weights, self.packed)
 
 
 def packed_experts(experts: Experts, dtype: torch.dtype) -> PackedExperts | None:

@@ -16,20 +16,21 @@ def upload(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Readback:
-    """What a device tensor holds at this point of its stream, to be read when it has got there."""
+    """What tensors of a device hold at this point of its stream, to be read when it has got there."""
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, *sources: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        if source.is_cuda:
-            self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            self._copy.copy_(source, non_blocking=True)
+        if sources[0].is_cuda:
+            self._copies = [torch.empty(source.shape, dtype=source.dtype, pin_memory=True) for source in sources]
+            for copy, source in zip(self._copies, sources, strict=True):
+                copy.copy_(source, non_blocking=True)
             self._event = torch.cuda.Event(blocking=True)  # the waiting thread leaves its core to the sandboxes
             self._event.record()
         else:
-            self._copy = source.clone()
+            self._copies = [source.clone() for source in sources]
 
-    def wait(self) -> np.ndarray:
-        """The values, once the device has written them."""
+    def wait(self) -> list[np.ndarray]:
+        """The values of each, once the device has written them."""
         if self._event is not None:
             self._event.synchronize()
-        return self._copy.numpy()
+        return [copy.numpy() for copy in self._copies]

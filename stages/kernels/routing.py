@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from stages.kernels.launch import launch_options, power_of_two
 
 ALONE_ROWS = 4
+ONE_HOT = 16_384  # entries of the one-hot matrix that a program counts
 EXPERTS_PER_PROGRAM = 4  # the same for every N: sums within a program go by its shape
 
 
@@ -102,3 +103,32 @@ def route(logits: Tensor, *, top_k: int, tile: int) -> Routing:
             **launch_options(logits, warps=4 if assigned <= 256 else 8),
         )  # fmt: skip
     return routing
+
+
+class Sorted(NamedTuple):
+    """Assignments token * k + choice in the order of their experts, those of one in their own."""
+
+    assigned: Tensor  # int64 [A], which one stands at a place
+    owner: Tensor  # int64 [A], its expert
+    places: Tensor  # int64 [A], where each one stands
+    counts: Tensor  # int32 [E]
+    ends: Tensor  # int32 [E], the place behind an expert's last
+
+
+def sort_by_expert(indices: Tensor, num_experts: int) -> Sorted:
+    """A stable sort of int64 [N, k] for any N, by counting; nothing waits for the card."""
+    from stages.kernels.triton_routing import count_kernel, place_kernel
+
+    flat = indices.flatten()
+    number = len(flat)
+    padded = power_of_two(num_experts)
+    block = max(16, ONE_HOT // padded)
+    num_blocks = -(-number // block)
+    counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=indices.device)
+    options = {"E": num_experts, "EP": padded, "BLOCK": block, "num_warps": 8}
+    count_kernel[(num_blocks,)](flat, counts, number, num_blocks, **options)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32)
+    assigned, owner, places = torch.empty(3, number, dtype=torch.int64, device=indices.device)
+    place_kernel[(num_blocks,)](flat, counts, ends, assigned, owner, places, number, num_blocks, **options)
+    ends = ends.view(num_experts, num_blocks)[:, -1].contiguous()
+    return Sorted(assigned, owner, places, counts.sum(1, dtype=torch.int32), ends)

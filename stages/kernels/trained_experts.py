@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from stages.kernels.experts import Lora
 from stages.kernels.packed_experts import Relaid, dequantize, stored_rows
+from stages.kernels.routing import Sorted, sort_by_expert
 
 RANK_TILE = 8  # columns of 16 bytes, which grouped products need
 
@@ -112,11 +113,16 @@ class _TrainedExperts(torch.autograd.Function):
 class _Chunk:
     """The assignments of a tile's tokens to some experts."""
 
-    def __init__(self, experts: slice, where: slice, counts: Tensor) -> None:
+    def __init__(self, experts: slice, where: slice, counts: Tensor, ends: Tensor) -> None:
         self.experts = experts
         self.where = where  # of the sorted assignments
         self._counts = counts  # of each of these experts, on the device
-        self.ends = counts.cumsum(0).to(torch.int32)  # where each one's rows end
+        self.ends = ends  # int32, where each one's rows end
+
+    @functools.cached_property
+    def empty(self) -> Tensor:
+        """Whether an expert has no assignments, bool [G, 1, 1]."""
+        return (self._counts == 0)[:, None, None]
 
     @functools.cached_property
     def counts(self) -> list[int]:
@@ -125,30 +131,18 @@ class _Chunk:
         return found
 
 
-class _Sorted:
-    """A tile's assignments in the order of their experts."""
-
-    def __init__(self, indices: Tensor, num_experts: int) -> None:
-        """indices int64 [N, k]."""
-        flat = indices.flatten()
-        self.assigned = flat.to(torch.uint8 if num_experts <= 256 else torch.int32).argsort(stable=True)
-        self.owner = flat[self.assigned]  # assigned: token * k + choice
-        self.places = torch.empty_like(self.assigned)  # of each assignment among the sorted
-        self.places[self.assigned] = torch.arange(len(flat), device=flat.device)
-        self._counts = torch.searchsorted(self.owner, torch.arange(num_experts + 1, device=flat.device)).diff()
-
-    def chunks(self, at_once: int) -> Iterator[_Chunk]:
-        """So many experts at a time, those without tokens left out. Waits for the card unless they are all."""
-        if at_once >= len(self._counts):
-            yield _Chunk(slice(0, len(self._counts)), slice(0, len(self.owner)), self._counts)
-            return
-        counts, start = self._counts.tolist(), 0
-        for first in range(0, len(counts), at_once):
-            experts = slice(first, first + at_once)
-            stop = start + sum(counts[experts])
-            if start < stop:
-                yield _Chunk(experts, slice(start, stop), self._counts[experts])
-            start = stop
+def _chunks(order: Sorted, at_once: int) -> Iterator[_Chunk]:
+    """So many experts at a time, those without tokens left out. Waits for the card unless they are all."""
+    if at_once >= len(order.counts):
+        yield _Chunk(slice(0, len(order.counts)), slice(0, len(order.owner)), order.counts, order.ends)
+        return
+    counts, start = order.counts.tolist(), 0
+    for first in range(0, len(counts), at_once):
+        experts = slice(first, first + at_once)
+        stop = start + sum(counts[experts])
+        if start < stop:
+            yield _Chunk(experts, slice(start, stop), order.counts[experts], order.ends[experts] - start)
+        start = stop
 
 
 class _Projection:
@@ -161,11 +155,10 @@ class _Projection:
         self.rank = 0 if a is None else a.shape[1]
         self.room = -(-self.rank // RANK_TILE) * RANK_TILE
         self.rows = None
-        if a is not None and b is not None:
-            if weight.interleaved:
-                self.rows = stored_rows(self.outputs, interleaved=True, device=b.device)
-            self.grad_a = torch.zeros(a.shape, dtype=torch.float32, device=a.device)
-            self.grad_b = torch.zeros(b.shape, dtype=torch.float32, device=b.device)
+        if b is not None and weight.interleaved:
+            self.rows = _stored_rows(self.outputs, b.device)
+        self.grad_a: Tensor | None = None  # as soon as there is something to add
+        self.grad_b: Tensor | None = None
 
     def matrices(self, experts: slice) -> Tensor:
         """[G, M, K + R] as stored: W and scale * B."""
@@ -189,13 +182,23 @@ class _Projection:
 
     def add_grads(self, rows: Tensor, grad_out: Tensor, grad_inner: Tensor, chunk: _Chunk) -> None:
         """Adds to the factors' gradients: of rows [n, K + R], grad_out [n, M] as stored and grad_inner [n, R]."""
-        some, rank = chunk.experts, self.rank
-        self.grad_a[some] += _outer(grad_inner, rows[:, : self.inputs], chunk)[:, :rank]
-        of_b = _outer(grad_out, rows[:, self.inputs :], chunk)[..., :rank].float() * self.scale
-        if self.rows is None:
-            self.grad_b[some] += of_b
-        else:
-            self.grad_b[some, self.rows] += of_b
+        of_a = _outer(grad_inner, rows[:, : self.inputs], chunk)[:, : self.rank]
+        of_b = _outer(grad_out, rows[:, self.inputs :], chunk)[..., : self.rank]
+        self.grad_a = self._added(self.grad_a, of_a.float(), chunk)
+        of_b = of_b.float() * self.scale
+        if self.rows is not None:
+            of_b = torch.empty_like(of_b).index_copy_(1, self.rows, of_b)
+        self.grad_b = self._added(self.grad_b, of_b, chunk)
+
+    def _added(self, total: Tensor | None, part: Tensor, chunk: _Chunk) -> Tensor:
+        """The sum float32 [E, ...] with the part [G, ...] of the chunk's experts."""
+        if total is None:
+            num_experts = self.weight.shape[0]
+            if len(part) == num_experts:
+                return part
+            total = part.new_zeros(num_experts, *part.shape[1:])
+        total[chunk.experts] += part
+        return total
 
 
 class _Layer:
@@ -219,16 +222,18 @@ class _Layer:
         if self.factors[0] is None:
             return (None,) * 4
         grads = (self.gate_up.grad_a, self.gate_up.grad_b, self.down.grad_a, self.down.grad_b)
-        return tuple(grad.to(factor.dtype) for grad, factor in zip(grads, self.factors, strict=True))
+        return tuple(
+            None if grad is None else grad.to(factor.dtype) for grad, factor in zip(grads, self.factors, strict=True)
+        )
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, out: Tensor) -> None:
         """Writes out float32 [N, D]."""
         from stages.kernels.triton_experts import combine_kernel
 
         top_k, width = indices.shape[1], out.shape[1]
-        order = _Sorted(indices, self.gate_up.weight.shape[0])
+        order = sort_by_expert(indices, self.gate_up.weight.shape[0])
         parts = []
-        for chunk in order.chunks(self.at_once):
+        for chunk in _chunks(order, self.at_once):
             rows = self._rows(hidden, order, chunk, top_k)
             inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
             del rows
@@ -249,12 +254,12 @@ class _Layer:
         from stages.kernels.triton_experts import sum_kernel
 
         num_rows, top_k = indices.shape
-        order = _Sorted(indices, self.gate_up.weight.shape[0])
+        order = sort_by_expert(indices, self.gate_up.weight.shape[0])
         grad = grad.to(self.dtype).contiguous()
         routing = weights.reshape(-1)[order.assigned]
         of_routing = torch.empty_like(routing)
         parts: list[tuple[Tensor, Tensor | None]] = []
-        for chunk in order.chunks(self.at_once):
+        for chunk in _chunks(order, self.at_once):
             of_out = _gathered(grad, order.assigned[chunk.where], top_k)
             of_activations = _grouped_back(of_out, self.down.matrices(chunk.experts), chunk)
             of_second = of_activations[:, self.down.inputs :]  # of A x, [n, R]
@@ -289,13 +294,13 @@ class _Layer:
         )  # fmt: skip
         grad_weights.copy_(of_routing[order.places].view(num_rows, top_k))
 
-    def _rows(self, hidden: Tensor, order: _Sorted, chunk: _Chunk, top_k: int) -> Tensor:
+    def _rows(self, hidden: Tensor, order: Sorted, chunk: _Chunk, top_k: int) -> Tensor:
         """The chunk's tokens [n, D + R], A x beside them."""
         rows = _gathered(hidden, order.assigned[chunk.where], top_k, room=self.gate_up.room)
         self.gate_up.extend(rows, chunk)
         return rows
 
-    def _swiglu(self, inner: Tensor, order: _Sorted, chunk: _Chunk) -> Tensor:
+    def _swiglu(self, inner: Tensor, order: Sorted, chunk: _Chunk) -> Tensor:
         """[n, F + R] of inner [n, 2F]."""
         from stages.kernels.triton_experts import swiglu_kernel
 
@@ -315,7 +320,7 @@ class _Layer:
         grad_out: Tensor,
         routing: Tensor,
         of_routing: Tensor,
-        order: _Sorted,
+        order: Sorted,
         chunk: _Chunk,
     ) -> Tensor:
         """SwiGLU's output [n, F + R], of whose last columns nothing is written; `inner` becomes its own gradient."""
@@ -338,6 +343,11 @@ class _Layer:
         if not projection.room:
             return None
         return _grouped_back(of_inner, projection.first_factors(chunk.experts), chunk)
+
+
+@functools.cache
+def _stored_rows(num_rows: int, device: torch.device) -> Tensor:
+    return stored_rows(num_rows, interleaved=True, device=device)
 
 
 def _tiles(num_rows: int, at_once: int) -> list[slice]:
@@ -373,6 +383,6 @@ def _outer(left: Tensor, right: Tensor, chunk: _Chunk) -> Tensor:
     if left.is_cuda and left.dtype == torch.bfloat16:
         found = F.grouped_mm(left.mT, right, offs=chunk.ends)
         # What a product of no rows leaves is not said anywhere.
-        return found.masked_fill_((chunk.ends.diff(prepend=chunk.ends.new_zeros(1)) == 0)[:, None, None], 0)
+        return found.masked_fill_(chunk.empty, 0)
     parts = zip(left.split(chunk.counts), right.split(chunk.counts), strict=True)
     return torch.stack([some.mT @ other for some, other in parts])

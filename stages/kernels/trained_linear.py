@@ -48,7 +48,7 @@ class _TrainedLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         x, inner, *factors = ctx.saved_tensors
         of_x, of_inner = None, []
-        of_factors: list[Tensor | None] = []
+        of_factors = []
         for place, (grad, each) in enumerate(zip(grads, ctx.projections, strict=True)):
             weight = each.weight()
             of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)

@@ -6,7 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def rotate_kernel(x, cos, sin, out, H: tl.constexpr, HP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
-    """out [T, H, 2 C] = x turned by cos and sin float32 [T, C], the first C channels against the others. Grid (T,).
+    """out [T, H, 2 C] = x turned by cos and sin float32 [T, C], the first C channels against the others; out
+    may be x. Grid (T,).
 
     HP, CP: H and C up to powers of two.
     """

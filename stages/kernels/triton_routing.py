@@ -95,3 +95,39 @@ def sort_kernel(
         unused = (tile >= tl.sum(tiles_of, axis=0)) & (tile < num_tiles)
         for part in tl.static_range(3):
             tl.store(tiles + tile * 3 + part, tl.zeros_like(tile), mask=unused)
+
+
+@triton.jit
+def count_kernel(indices, counts, num_assigned, num_blocks, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
+    """counts int32 [E, blocks] of the experts among each BLOCK of assignments int64. Grid (blocks,);
+    EP: E up to a power of two.
+    """
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(indices + at, mask=at < num_assigned, other=EP).to(tl.int32)
+    expert = tl.arange(0, EP)
+    found = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + expert * num_blocks + block, found, mask=expert < E)
+
+
+@triton.jit
+def place_kernel(
+    indices, counts, ends, assigned, owner, places, num_assigned, num_blocks,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sorts assignments by expert, those of one in their order; int64. ends: the running sum of counts. Grid (blocks,).
+
+    assigned: which assignment stands at a place, owner: whose it is, places: where an assignment stands.
+    """
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_assigned
+    chosen = tl.load(indices + at, mask=inside, other=EP).to(tl.int32)
+    expert = tl.arange(0, EP)
+    mine = (chosen[:, None] == expert[None, :]).to(tl.int32)
+    where = expert * num_blocks + block
+    start = tl.load(ends + where, mask=expert < E, other=0) - tl.load(counts + where, mask=expert < E, other=0)
+    place = tl.sum(mine * (tl.cumsum(mine, axis=0) - 1 + start[None, :]), axis=1).to(tl.int64)
+    tl.store(assigned + place, at.to(tl.int64), mask=inside)
+    tl.store(owner + place, chosen.to(tl.int64), mask=inside)
+    tl.store(places + at, place, mask=inside)

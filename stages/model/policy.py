@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 # little on an idle machine, and on a busy one each barrier waits for a turn: updates took ten times as long. The
 # other cores are the sandboxes'.
 CPU_THREADS = 1
+
+# Blocks of the card's memory that grow in place: packs of every length would leave holes in fixed ones. Read when the
+# first tensor is put on a card, so it stands here; what the environment says goes first.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 class Policy:

@@ -7,6 +7,7 @@ overflows in fp16, and routing is close to uniform over the experts.
 Does not cover a tokenizer: `render` and `decode` of such a policy fail.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,11 +61,12 @@ def synthetic_policy(
     offload_embedding: bool = False,
     lora_dtype: torch.dtype = torch.float32,
     also_train: str = "none",
+    scaled_init: bool = False,
 ) -> Policy:
     """A random model of `shape` on `device`, the same for equal arguments on equal devices.
 
     Memory peaks at the weights' bytes and one tensor more. lora_rank 0: no LoRA modules at all; otherwise B is random
-    and not zero, so that the adapter changes what the model says.
+    and not zero, so that the adapter changes what the model says. scaled_init: see `random_tensors`.
 
     Example:
         policy = synthetic_policy("gpt-oss-20b", num_layers=4, lora_rank=16, device="cuda")
@@ -73,7 +75,7 @@ def synthetic_policy(
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
     config = shape.config()
-    drawn = random_tensors(config, dtype=dtype, generator=generator)
+    drawn = random_tensors(config, dtype=dtype, generator=generator, scaled_init=scaled_init)
     policy = Policy(
         assemble(
             config,
@@ -107,15 +109,23 @@ def randomise_lora(policy: Policy, *, generator: torch.Generator, std: float = L
 
 
 def random_tensors(
-    config: Any, *, dtype: torch.dtype, generator: torch.Generator, mxfp4: bool = True
+    config: Any, *, dtype: torch.dtype, generator: torch.Generator, mxfp4: bool = True, scaled_init: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a gpt-oss of `config` with its name in a checkpoint, drawn one at a time on the generator's
     device.
 
-    mxfp4: False draws dense experts [E, in, out] of the same spread.
+    mxfp4: False draws dense experts [E, in, out] of the same spread. scaled_init: what is added to the residual stream
+    is (2 * layers)^-0.5 as large (Radford et al. 2019, GPT-2; in MXFP4 to the next power of two). Without it a random
+    model of many layers is chaotic: the last bit of one token is another answer 24 layers on.
     """
+    exponent = -math.log2(2 * config.num_hidden_layers) / 2 if scaled_init else 0.0
     for name, shape in expected_shapes(config, mxfp4=mxfp4).items():
-        yield name, random_tensor(name, shape, dtype=dtype, generator=generator)
+        tensor = random_tensor(name, shape, dtype=dtype, generator=generator)
+        if scaled_init and name.endswith(("o_proj.weight", "o_proj.bias", "down_proj", "down_proj_bias")):
+            tensor *= 2**exponent
+        elif scaled_init and name.endswith("down_proj_scales"):
+            tensor += round(exponent)
+        yield name, tensor
 
 
 def random_tensor(name: str, shape: tuple[int, ...], *, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

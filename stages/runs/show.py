@@ -207,11 +207,10 @@ def _group(index: int, members: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _told(row: dict[str, Any], cases: str) -> dict[str, Any]:
-    """A row without its lists of tokens, which get a summary instead."""
+    """A row without its routes, and without its lists of tokens, which get a summary instead."""
     logprobs = row.get("engine_logprobs") or []
-    told = {
-        name: value for name, value in row.items() if name not in ("prompt_ids", "completion_ids", "engine_logprobs")
-    }
+    lists = ("prompt_ids", "completion_ids", "engine_logprobs", "routes")
+    told = {name: value for name, value in row.items() if name not in lists}
     told[cases] = row.get(cases) or []
     if logprobs:
         told["logprobs"] = {

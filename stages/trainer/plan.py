@@ -14,7 +14,8 @@ from stages.kernels.logprobs import Tile
 from stages.kernels.trained_experts import Tiling
 from stages.model.policy import Policy
 
-RESERVE = 0.3e9  # the allocator's fragments, cuBLAS's workspaces
+RESERVE = 0.3e9  # cuBLAS's workspaces
+FRAGMENTS = 1.05  # of what a pass holds, what the allocator needs
 GB = 1e9
 
 
@@ -41,7 +42,8 @@ class Sizes(NamedTuple):
     """Of a policy; bytes where not said otherwise."""
 
     width: int  # D
-    heads_width: int  # query heads times channels
+    heads: int  # of queries
+    heads_width: int  # those times channels
     keys_width: int
     inner: int  # F, of an expert
     experts: int
@@ -59,6 +61,7 @@ class Sizes(NamedTuple):
         weights = [x for x in (*policy.model.parameters(), *policy.model.buffers()) if id(x) not in mine]
         return cls(
             width=config.hidden_size,
+            heads=config.num_attention_heads,
             heads_width=config.num_attention_heads * config.head_dim,
             keys_width=config.num_key_value_heads * config.head_dim,
             inner=config.intermediate_size,
@@ -70,31 +73,38 @@ class Sizes(NamedTuple):
 
 
 def needed_bytes(sizes: Sizes, tokens: int, plan: Plan) -> int:
-    """The most that one pass over a pack of `tokens` tokens holds of the card, all included."""
-    stream = tokens * sizes.width * (4 + 5 * sizes.number)  # gradient; input, the next, norm, and its gradient twice
-    attention = 5 * tokens * sizes.heads_width * sizes.number + 6 * tokens * sizes.keys_width * sizes.number
+    """The most that one pass over a pack of `tokens` tokens holds of the card, all included.
+
+    It is backward's: a block's input and the one before it, the norm, the gradient of the stream, and beside them what
+    attention or the experts need; or what the vocabulary needs before any block.
+    """
+    number, width, inner = sizes.number, sizes.width, sizes.inner
+    stream = tokens * width * (4 + 3 * number)
+    # queries, outputs, and the gradients of both; keys and values; two figures of each query and head
+    attention = tokens * (4 * sizes.heads_width * number + 6 * sizes.keys_width * number + 8 * sizes.heads)
     rows = min(plan.experts.rows, tokens) * sizes.top_k
     at_once = min(plan.experts.experts, sizes.experts)
-    matrices = at_once * 3 * sizes.width * sizes.inner * sizes.number
-    per_row = 4 * sizes.width + 5 * sizes.inner
-    share = min(1.0, 2 * at_once / sizes.experts)  # of the rows: experts are not chosen evenly
-    experts = matrices + int(rows * share * per_row * sizes.number)
+    share = min(1.0, 2 * at_once / sizes.experts)  # of the rows, as experts are not chosen evenly
+    experts = at_once * 2 * width * inner * number + int(rows * share * (2 * width + 5 * inner) * number)
     if at_once < sizes.experts:
-        experts += 4 * rows * sizes.width * sizes.number  # the parts, and all of them in one
+        experts += 4 * rows * width * number  # the parts, and all of them in one
+    experts += 3 * tokens * width * number  # the norm's gradient from experts and router, and their sum
     tile = plan.vocabulary
-    vocabulary = min(tile.rows, tokens) * (tile.columns * (4 + sizes.number) + 3 * 4 * sizes.width)
-    vocabulary += tokens * sizes.width * (8 + 2 * sizes.number)
-    return sizes.held + max(stream + max(attention, experts), vocabulary) + int(RESERVE)
+    vocabulary = min(tile.rows, tokens) * (tile.columns * (4 + number) + 3 * 4 * width)
+    vocabulary += tokens * width * (8 + 2 * number)
+    return sizes.held + int(FRAGMENTS * max(stream + max(attention, experts), vocabulary) + RESERVE)
 
 
 def plan_update(policy: Policy, tokens: int, *, optimizer: str, budget_bytes: float = 0) -> Plan:
-    """The roomiest plan by which packs of up to `tokens` tokens stay within the budget; 0 is all of the card.
+    """The roomiest plan by which packs of up to `tokens` tokens stay within the budget; 0 is what no other has
+    of the card.
 
     On a CPU nothing is planned. Raises UserError saying what is needed, and what would fit, when none does.
     """
     if policy.device.type != "cuda":
         return PLANS[0]
-    budget = budget_bytes or torch.cuda.get_device_properties(policy.device).total_memory
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    budget = budget_bytes or free + torch.cuda.memory_reserved(policy.device)
     return choose_plan(Sizes.of(policy, optimizer=optimizer), tokens, budget, optimizer=optimizer)
 
 
