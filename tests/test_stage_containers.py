@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import huggingface_hub
 import pytest
 
 from flows import containers, images, steps
@@ -226,6 +227,23 @@ def test_a_stage_of_any_user_can_write_temporary_files_and_to_its_home(
                 container.ask(config, SCORE, silent)
             finally:
                 container.discard()
+
+
+def test_a_checkpoint_of_the_hub_comes_with_the_cache_that_it_is_in(
+    run: RunDir, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, commit = tmp_path / "hub", "0123456789abcdef0123456789abcdef01234567"
+    snapshot = cache / "models--somebody--small/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in (ROOT / "data/tiny").iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (cache / "models--somebody--small/refs").mkdir()
+    (cache / "models--somebody--small/refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    config = replace(config, "model", source="somebody/small")
+    _, mounts, variables = containers.surroundings(run, config)
+    assert mounts == [f"{run.path}:{run.path}:rw", f"{cache}:{cache}:ro"]
+    assert (variables["HF_HUB_CACHE"], variables["HF_HUB_OFFLINE"]) == (str(cache), "1")
 
 
 # What a sandbox's socket lets through.
