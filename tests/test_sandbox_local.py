@@ -294,10 +294,11 @@ def test_a_killed_run_leaves_no_process(user: str, kind: str, copy: Path) -> Non
             pytest.skip(f"this kernel has no {kind} for {user}")
         assert line == b"running 4\n"  # warden, supervisor, nursery, case
         run.send_signal(signal.SIGKILL)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60  # on a busy machine the dying wait for their turn, too
         while running(copy) and time.monotonic() < end:
             time.sleep(0.02)
-        assert running(copy) == []
+        left = running(copy)
+        assert left == [], "\n".join(Path(f"/proc/{pid}/status").read_text() for pid in left)
 
 
 def running(copy: Path) -> list[str]:
