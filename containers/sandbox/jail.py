@@ -30,6 +30,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from typing import NoReturn
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
@@ -307,19 +308,21 @@ def supervise(walls: str, folders: list[str], proc: int, *, first_uid: int, num_
     os._exit(0)
 
 
-def guard(child: int) -> None:
-    """The warden's life: returns when the supervisor has ended or the pool is gone, and then nothing is left."""
+def guard(child: int, told: int) -> None:
+    """The warden's life: returns when the supervisor has ended or the pool is gone, and then nothing is left.
+
+    told: where a signal writes. No handler may raise here: the pool's end closes the socket and sends SIGTERM, and the
+    second to come would end the warden before it has ended the rest.
+    """
     descriptor = os.pidfd_open(child)
     waiting = select.poll()
     waiting.register(descriptor, select.POLLIN)
+    waiting.register(told, select.POLLIN)
     waiting.register(0, select.POLLRDHUP)
-    try:
-        waiting.poll()
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        end_orphans()
+    waiting.poll()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    end_orphans()
 
 
 def end_orphans() -> None:
@@ -331,7 +334,7 @@ def end_orphans() -> None:
             for name in children():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(name), signal.SIGKILL)
-            os.waitpid(-1, 0)
+            time.sleep(0.005)  # the kernel's list may have missed one
 
 
 def children() -> list[str]:
@@ -362,15 +365,22 @@ def main() -> None:
             with contextlib.suppress(LookupError):
                 lock, first_uid = reserve_uids()
                 num_uids = 3
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     control(PR_SET_PDEATHSIG, signal.SIGTERM)
     child = os.fork()
     if not child:
+        signal.set_wakeup_fd(-1)
+        os.close(told)
+        os.close(tell)
         if lock:
             lock.close()
         supervise(walls, folders, proc, first_uid=first_uid, num_uids=num_uids, probe=probe)
     os.close(proc)
     control(PR_SET_DUMPABLE, 0)
-    guard(child)
+    guard(child, told)
 
 
 if __name__ == "__main__":
