@@ -311,8 +311,8 @@ def supervise(walls: str, folders: list[str], proc: int, *, first_uid: int, num_
 def guard(child: int, told: int) -> None:
     """The warden's life: returns when the supervisor has ended or the pool is gone, and then nothing is left.
 
-    told: where a signal writes. No handler may raise here: the pool's end closes the socket and sends SIGTERM, and the
-    second to come would end the warden before it has ended the rest.
+    told: where a signal writes. A handler that raised would end the warden, and not the rest, if SIGTERM came before it
+    waits: on a busy machine a case can run by then.
     """
     descriptor = os.pidfd_open(child)
     waiting = select.poll()

@@ -1,4 +1,4 @@
-"""How this project's Triton kernels are launched."""
+"""How this project's kernels are launched, and how what is too much at once is cut."""
 
 import os
 from typing import Any
@@ -37,3 +37,8 @@ def launch_options(tensor: Tensor, *, warps: int) -> dict[str, Any]:
 def power_of_two(number: int) -> int:
     """The least power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()
+
+
+def slices(size: int, at_once: int) -> list[slice]:
+    """0 ... size - 1, so many at once."""
+    return [slice(start, min(start + at_once, size)) for start in range(0, size, at_once)]

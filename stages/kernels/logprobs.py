@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stages.kernels.launch import slices
+
 
 class Unembedding(Protocol):
     """A matrix [V, D] whose rows are unpacked some at a time (stages/model/nf4.py)."""
@@ -44,10 +46,10 @@ class _TokenLogprobs(torch.autograd.Function):
         largest = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=hidden.device)
         total, weighted, chosen = (torch.zeros_like(largest) for _ in range(3))
         uphill = torch.empty_like(hidden) if wanted else None
-        for rows in _slices(num_rows, tile.rows):
+        for rows in slices(num_rows, tile.rows):
             running = [x[rows] for x in (largest, total, weighted, chosen)]
             mean = hidden.new_zeros(len(running[0]), width, dtype=torch.float32) if wanted else None
-            for columns in _slices(unembedding.shape[0], tile.columns):
+            for columns in slices(unembedding.shape[0], tile.columns):
                 weight = unembedding[columns]
                 logits = _logits(hidden[rows], weight)
                 shrink, exponentials = _accumulate(
@@ -91,10 +93,6 @@ def token_logprobs(
     triton = hidden.is_cuda if path == "auto" else path == "triton"
     logprobs, entropy = _TokenLogprobs.apply(hidden, unembedding, targets, temperature, tile, triton)
     return logprobs, entropy
-
-
-def _slices(size: int, at_once: int) -> list[slice]:
-    return [slice(start, min(start + at_once, size)) for start in range(0, size, at_once)]
 
 
 def _rows_of(unembedding: Unembedding | Tensor, targets: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.kernels.experts import Lora
+from stages.kernels.launch import slices
 from stages.kernels.packed_experts import Relaid, dequantize, stored_rows
 from stages.kernels.routing import Sorted, sort_by_expert
 
@@ -94,7 +95,7 @@ class _TrainedExperts(torch.autograd.Function):
         if not only_backward:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
             layer = _Layer(frozen, scales, factors, hidden.dtype, tiling.experts)
-            for rows in _tiles(hidden.shape[0], tiling.rows):
+            for rows in slices(hidden.shape[0], tiling.rows):
                 layer.forward(hidden[rows], indices[rows], weights[rows], out[rows])
         return out
 
@@ -103,7 +104,7 @@ class _TrainedExperts(torch.autograd.Function):
         hidden, indices, weights, *factors = ctx.saved_tensors
         layer = _Layer(ctx.frozen, ctx.scales, tuple(factors), hidden.dtype, ctx.tiling.experts)
         grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(weights)
-        for rows in _tiles(hidden.shape[0], ctx.tiling.rows):
+        for rows in slices(hidden.shape[0], ctx.tiling.rows):
             layer.backward(
                 hidden[rows], indices[rows], weights[rows], grad[rows], grad_hidden[rows], grad_weights[rows]
             )
@@ -348,10 +349,6 @@ class _Layer:
 @functools.cache
 def _stored_rows(num_rows: int, device: torch.device) -> Tensor:
     return stored_rows(num_rows, interleaved=True, device=device)
-
-
-def _tiles(num_rows: int, at_once: int) -> list[slice]:
-    return [slice(start, min(start + at_once, num_rows)) for start in range(0, num_rows, at_once)]
 
 
 def _gathered(x: Tensor, assigned: Tensor, top_k: int, *, room: int = 0) -> Tensor:

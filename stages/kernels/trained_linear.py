@@ -37,8 +37,9 @@ class _TrainedLinear(torch.autograd.Function):
         outs = [F.linear(x, each.weight(), each.bias) for each in projections]
         inner = None
         if factors:
-            inner = F.linear(x, torch.cat([a.to(x.dtype) for a in factors[::2]]))
-            for out, b, part, each in zip(outs, factors[1::2], _parts(inner, factors), projections, strict=True):
+            inner = F.linear(x, _first_factors(factors, x.dtype))
+            parts = inner.split(_ranks(factors), dim=1)
+            for out, b, part, each in zip(outs, factors[1::2], parts, projections, strict=True):
                 out.addmm_(part, b.mT.to(x.dtype), alpha=each.scale)
         ctx.save_for_backward(x, inner, *factors)
         ctx.projections = projections
@@ -47,24 +48,30 @@ class _TrainedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, inner, *factors = ctx.saved_tensors
-        of_x, of_inner = None, []
-        of_factors = []
-        for place, (grad, each) in enumerate(zip(grads, ctx.projections, strict=True)):
+        of_x = None
+        for grad, each in zip(grads, ctx.projections, strict=True):
             weight = each.weight()
             of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)
-            if factors:
-                of_inner.append(grad @ (factors[2 * place + 1] * each.scale).to(grad.dtype))
-        if factors:
-            together = of_inner[0] if len(of_inner) == 1 else torch.cat(of_inner, dim=1)
-            of_a = together.mT @ x
-            for place, (grad, each) in enumerate(zip(grads, ctx.projections, strict=True)):
-                a, b = factors[2 * place : 2 * place + 2]
-                of_b = (grad.mT @ _parts(inner, factors)[place]) * each.scale
-                of_factors += [_parts(of_a.mT, factors)[place].mT.to(a.dtype), of_b.to(b.dtype)]
-            of_x = of_x.addmm_(together, torch.cat([a.to(x.dtype) for a in factors[::2]]))
-        return of_x, None, *of_factors
+        if not factors:
+            return of_x, None
+        scaled = zip(grads, factors[1::2], ctx.projections, strict=True)
+        of_inner = torch.cat([grad @ (b * each.scale).to(grad.dtype) for grad, b, each in scaled], dim=1)
+        ranks = _ranks(factors)
+        of_factors = []
+        parts = zip(
+            grads, ctx.projections, inner.split(ranks, dim=1), (of_inner.mT @ x).split(ranks), factors[::2],
+            factors[1::2], strict=True,
+        )  # fmt: skip
+        for grad, each, part, of_a, a, b in parts:
+            of_factors += [of_a.to(a.dtype), ((grad.mT @ part) * each.scale).to(b.dtype)]
+        return of_x.addmm_(of_inner, _first_factors(factors, x.dtype)), None, *of_factors
 
 
-def _parts(inner: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The columns of each projection's A x."""
-    return inner.split([len(a) for a in factors[::2]], dim=1)
+def _ranks(factors: Sequence[Tensor]) -> list[int]:
+    """The columns that each projection has of A x."""
+    return [len(a) for a in factors[::2]]
+
+
+def _first_factors(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Every A, one below the other."""
+    return torch.cat([a.to(dtype) for a in factors[::2]])
