@@ -24,9 +24,9 @@ from stages.bench.update_longest import fits_memory, longest
 from stages.bench.update_step import Setting, Stopwatch, Trainer, Training, open_policy, own_trainer, random_samples
 from stages.config import UserError
 from stages.engine import Engine
+from stages.grpo import LossInputs
 from stages.model.shapes import SHAPES
 from stages.model.synthetic import random_tensors
-from tests.stand_in_trainer import Inputs, stand_in_trainer
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(SHAPES["tiny"], num_layers=2)
@@ -37,10 +37,7 @@ EXACT = Setting(shape=TINY, rank=4, dtype="fp32", lora_dtype="fp32", optimizer="
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
     torch.set_num_threads(1)
-    try:
-        return own_trainer()
-    except ImportError:
-        return stand_in_trainer()
+    return own_trainer()
 
 
 @pytest.fixture
@@ -128,7 +125,7 @@ def test_random_groups_have_no_advantage_on_the_whole() -> None:
 
 
 def test_a_step_trains_on_every_token_once_and_moves_the_adapter(training: Training) -> None:
-    seen: list[tuple[int, Inputs, Any]] = []
+    seen: list[tuple[int, LossInputs, Any]] = []
     loss = training.trainer.policy_loss
 
     def noting(logprobs: torch.Tensor, inputs: Any, totals: Any, config: Any) -> Any:

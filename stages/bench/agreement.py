@@ -17,9 +17,8 @@ from torch import Tensor
 
 from stages.bench.peers import transformers_model
 from stages.bench.rollouts import draw_prompts
-from stages.bench.update_step import DTYPES, Setting, Stopwatch, Training
-from stages.engine import Completion, Engine, Request, SamplingParams
-from stages.grpo import advantages
+from stages.bench.update_step import DTYPES, Setting, Stopwatch, Training, requests, rewarded
+from stages.engine import Completion, Engine, Request
 from stages.model.shapes import Shape
 from stages.trainer.routes import other_experts
 
@@ -125,35 +124,21 @@ def summary(rows: Sequence[Row]) -> Row:
 
 
 def requests_of(training: Training, case: Case, *, seed: int) -> list[Request]:
-    """Requests for completions of exactly new_tokens."""
-    vocabulary = training.policy.model.config.vocab_size
-    prompts = draw_prompts(case.prompts, (case.shortest, case.longest), vocabulary=vocabulary, seed=seed)
-    return [
-        Request(
-            completion_id=f"{group:03d}-{place:03d}",
-            prompt_ids=prompt,
-            sampling=SamplingParams(max_new_tokens=case.new_tokens, seed=seed * 1_000_003 + 1000 * group + place),
-        )
-        for group, prompt in enumerate(prompts)
-        for place in range(case.group_size)
-    ]
+    """What is sampled of the case."""
+    return requests(
+        training,
+        prompts=case.prompts,
+        group_size=case.group_size,
+        prompt_tokens=(case.shortest, case.longest),
+        new_tokens=case.new_tokens,
+        seed=seed,
+    )
 
 
 def samples_of(training: Training, completions: Sequence[Completion], case: Case, *, replay: bool) -> list[Any]:
     """The completions as the trainer takes them, with the engine's routes for it to replay or without."""
-    rewards = torch.tensor([sum(each.completion_ids) for each in completions], dtype=torch.float64)
-    gains = advantages(rewards.view(case.prompts, case.group_size)).flatten().tolist()
-    return [
-        training.trainer.sample(
-            completion_id=completion.completion_id,
-            prompt_ids=completion.prompt_ids,
-            completion_ids=completion.completion_ids,
-            engine_logprobs=completion.engine_logprobs,
-            advantage=gain,
-            routes=completion.routes if replay else None,
-        )
-        for completion, gain in zip(completions, gains, strict=True)
-    ]
+    rewards = [sum(each.completion_ids) for each in completions]
+    return rewarded(training, completions, rewards, group_size=case.group_size, replay=replay)
 
 
 def scored(training: Training, sample: Any) -> Scored:

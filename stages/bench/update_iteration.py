@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from stages.bench.memory import Memory, synchronize
-from stages.bench.rollouts import draw_prompts
 from stages.bench.update_cases import IterationCase
-from stages.bench.update_step import Stopwatch, Training
-from stages.engine import Completion, Engine, Request, SamplingParams
-from stages.grpo import advantages
+from stages.bench.update_step import Stopwatch, Training, requests, rewarded
+from stages.engine import Engine
 
 Row = dict[str, Any]
 ENGINE_RESERVE_BYTES = 512 << 20  # of what the cap leaves, kept for the engine's copy of the adapter and for prefill
@@ -71,13 +69,24 @@ def measure(
 def iterate(
     training: Training, engine: Engine, case: IterationCase, *, pack_tokens: int, seed: int
 ) -> tuple[Row, Sequence[Any]]:
-    """One iteration: iteration_s and the seconds of its parts; and what it trained on."""
+    """One iteration, in which the share of even tokens is rewarded: iteration_s and the seconds of its parts; and what
+    it trained on.
+    """
     device = training.policy.device
     started = time.perf_counter()
-    completions = engine.run(requests_of(training, case, seed=seed))
+    asked = requests(
+        training,
+        prompts=case.prompts,
+        group_size=case.group_size,
+        prompt_tokens=(case.prompt_tokens, case.prompt_tokens),
+        new_tokens=case.new_tokens,
+        seed=seed,
+    )
+    completions = engine.run(asked)
     synchronize(device)
     sampled = time.perf_counter()
-    samples = judged(training, completions, case)
+    rewards = [sum(token % 2 == 0 for token in each.completion_ids) / case.new_tokens for each in completions]
+    samples = rewarded(training, completions, rewards, group_size=case.group_size)
     packs = training.trainer.pack(samples, pack_tokens)
     judging = time.perf_counter()
     watch = Stopwatch(device)
@@ -93,39 +102,6 @@ def iterate(
         **{f"{name}_s": value / 1e3 for name, value in parts.items()},
     }
     return row, packs
-
-
-def requests_of(training: Training, case: IterationCase, *, seed: int) -> list[Request]:
-    """Requests for completions of exactly new_tokens: random weights do not stop, and no token is told to end them."""
-    lengths = (case.prompt_tokens, case.prompt_tokens)
-    prompts = draw_prompts(case.prompts, lengths, vocabulary=training.policy.model.config.vocab_size, seed=seed)
-    return [
-        Request(
-            completion_id=f"{group:03d}-{place:03d}",
-            prompt_ids=prompt,
-            sampling=SamplingParams(
-                max_new_tokens=case.new_tokens, seed=seed * 1_000_003 + group * case.group_size + place
-            ),
-        )
-        for group, prompt in enumerate(prompts)
-        for place in range(case.group_size)
-    ]
-
-
-def judged(training: Training, completions: list[Completion], case: IterationCase) -> list[Any]:
-    """The completions as the trainer takes them; rewarded is the share of even tokens."""
-    rewards = [sum(token % 2 == 0 for token in each.completion_ids) / case.new_tokens for each in completions]
-    grouped = torch.tensor(rewards, dtype=torch.float64).view(case.prompts, case.group_size)
-    return [
-        training.trainer.sample(
-            completion_id=completion.completion_id,
-            prompt_ids=completion.prompt_ids,
-            completion_ids=completion.completion_ids,
-            engine_logprobs=completion.engine_logprobs,
-            advantage=advantage,
-        )
-        for completion, advantage in zip(completions, advantages(grouped).flatten().tolist(), strict=True)
-    ]
 
 
 def rescore_s(training: Training, packs: Sequence[Any]) -> float:

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stages.bench.rollouts import draw_prompts
 from stages.bench.update_cases import Layout
 from stages.config import RunConfig, UpdateConfig, replace
+from stages.engine import Completion, Request, SamplingParams
+from stages.grpo import advantages
 from stages.model.policy import Policy
 from stages.model.shapes import Shape
 from stages.model.synthetic import LORA_ALPHA_PER_RANK, synthetic_policy
@@ -235,6 +238,54 @@ class Stopwatch:
                 found[name] = found.get(name, 0.0) + spent
         self._marks = []
         return found
+
+
+def requests(
+    training: Training,
+    *,
+    prompts: int,
+    group_size: int,
+    prompt_tokens: tuple[int, int],
+    new_tokens: int,
+    seed: int,
+) -> list[Request]:
+    """Requests for completions of exactly new_tokens: random weights do not stop, and no token is told to end them.
+
+    prompt_tokens: the shortest and the longest prompt.
+    """
+    drawn = draw_prompts(prompts, prompt_tokens, vocabulary=training.policy.model.config.vocab_size, seed=seed)
+    return [
+        Request(
+            completion_id=f"{group:03d}-{place:03d}",
+            prompt_ids=prompt,
+            sampling=SamplingParams(max_new_tokens=new_tokens, seed=seed * 1_000_003 + group * group_size + place),
+        )
+        for group, prompt in enumerate(drawn)
+        for place in range(group_size)
+    ]
+
+
+def rewarded(
+    training: Training,
+    completions: Sequence[Completion],
+    rewards: Sequence[float],
+    *,
+    group_size: int,
+    replay: bool = False,
+) -> list[Any]:
+    """The completions as the trainer takes them; replay: with the engine's routes, for it to use again."""
+    grouped = torch.tensor(rewards, dtype=torch.float64).view(-1, group_size)
+    return [
+        training.trainer.sample(
+            completion_id=completion.completion_id,
+            prompt_ids=completion.prompt_ids,
+            completion_ids=completion.completion_ids,
+            engine_logprobs=completion.engine_logprobs,
+            advantage=advantage,
+            routes=completion.routes if replay else None,
+        )
+        for completion, advantage in zip(completions, advantages(grouped).flatten().tolist(), strict=True)
+    ]
 
 
 def random_samples(layout: Layout, make: Callable[..., Any], *, vocabulary: int, seed: int) -> list[Any]:
