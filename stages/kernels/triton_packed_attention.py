@@ -71,6 +71,24 @@ def _key_range(offset, last, length, shift, KEYS: tl.constexpr, WINDOW: tl.const
 
 
 @triton.jit
+def _forward_segment(
+    sums, largest, total, query, query_at, key, value, first, length, shift, offset, last, scale,
+    KC: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """All keys of a segment that the queries offset ... last see, added."""
+    begin, whole, stop = _key_range(offset, last, length, shift, KEYS, WINDOW)
+    if WINDOW == 0:
+        sums, largest, total = _forward_scan(
+            sums, largest, total, query, query_at, key, value, first, length, shift, begin, whole, scale,
+            KC=KC, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=False,
+        )  # fmt: skip
+    return _forward_scan(
+        sums, largest, total, query, query_at, key, value, first, length, shift, whole, stop, scale,
+        KC=KC, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=True,
+    )  # fmt: skip
+
+
+@triton.jit
 def forward_kernel(
     query, key, value, sinks, segments, tiles, out, normalizers, num_tokens, scale,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
@@ -93,25 +111,13 @@ def forward_kernel(
     largest = tl.full((QUERIES,), NOTHING, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     last = tl.minimum(offset + QUERIES, length) - 1
-    begin, whole, stop = _key_range(offset, last, before, before, KEYS, WINDOW)
-    if WINDOW == 0:
-        sums, largest, total = _forward_scan(
-            sums, largest, total, queries, query_at, key, value, prompt, before, before, begin, whole, scale,
-            KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=False,
-        )  # fmt: skip
-    sums, largest, total = _forward_scan(
-        sums, largest, total, queries, query_at, key, value, prompt, before, before, whole, stop, scale,
-        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=True,
+    sums, largest, total = _forward_segment(
+        sums, largest, total, queries, query_at, key, value, prompt, before, before, offset, last, scale,
+        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW,
     )  # fmt: skip
-    begin, whole, stop = _key_range(offset, last, length, 0, KEYS, WINDOW)
-    if WINDOW == 0:
-        sums, largest, total = _forward_scan(
-            sums, largest, total, queries, query_at, key, value, first, length, 0, begin, whole, scale,
-            KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=False,
-        )  # fmt: skip
-    sums, largest, total = _forward_scan(
-        sums, largest, total, queries, query_at, key, value, first, length, 0, whole, stop, scale,
-        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=True,
+    sums, largest, total = _forward_segment(
+        sums, largest, total, queries, query_at, key, value, first, length, 0, offset, last, scale,
+        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW,
     )  # fmt: skip
     sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
     higher = tl.maximum(largest, sink)
@@ -161,6 +167,24 @@ def _query_scan(
 
 
 @triton.jit
+def _query_segment(
+    sums, query, grad, normalizer, share, query_at, key, value, first, length, shift, offset, last, scale,
+    KC: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """As _forward_segment, of _query_scan."""
+    begin, whole, stop = _key_range(offset, last, length, shift, KEYS, WINDOW)
+    if WINDOW == 0:
+        sums = _query_scan(
+            sums, query, grad, normalizer, share, query_at, key, value, first, length, shift, begin, whole, scale,
+            KC=KC, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=False,
+        )  # fmt: skip
+    return _query_scan(
+        sums, query, grad, normalizer, share, query_at, key, value, first, length, shift, whole, stop, scale,
+        KC=KC, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=True,
+    )  # fmt: skip
+
+
+@triton.jit
 def query_gradient_kernel(
     query, key, value, grad, normalizers, shares, segments, tiles, out, num_tokens, scale,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
@@ -184,25 +208,13 @@ def query_gradient_kernel(
     value += head // (H // K) * C
     sums = tl.zeros((QUERIES, C), tl.float32)
     last = tl.minimum(offset + QUERIES, length) - 1
-    begin, whole, stop = _key_range(offset, last, before, before, KEYS, WINDOW)
-    if WINDOW == 0:
-        sums = _query_scan(
-            sums, queries, grads, normalizer, share, query_at, key, value, prompt, before, before, begin, whole, scale,
-            KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=False,
-        )  # fmt: skip
-    sums = _query_scan(
-        sums, queries, grads, normalizer, share, query_at, key, value, prompt, before, before, whole, stop, scale,
-        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=True,
+    sums = _query_segment(
+        sums, queries, grads, normalizer, share, query_at, key, value, prompt, before, before, offset, last, scale,
+        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW,
     )  # fmt: skip
-    begin, whole, stop = _key_range(offset, last, length, 0, KEYS, WINDOW)
-    if WINDOW == 0:
-        sums = _query_scan(
-            sums, queries, grads, normalizer, share, query_at, key, value, first, length, 0, begin, whole, scale,
-            KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=False,
-        )  # fmt: skip
-    sums = _query_scan(
-        sums, queries, grads, normalizer, share, query_at, key, value, first, length, 0, whole, stop, scale,
-        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW, MASKED=True,
+    sums = _query_segment(
+        sums, queries, grads, normalizer, share, query_at, key, value, first, length, 0, offset, last, scale,
+        KC=K * C, C=C, KEYS=KEYS, WINDOW=WINDOW,
     )  # fmt: skip
     out += place * (H * C) + head * C
     sums *= scale / LOG2_E
