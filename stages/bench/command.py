@@ -50,7 +50,7 @@ def bench_engine(args: Namespace) -> int:
     names = () if args.peers == "none" else tuple(args.peers.split(","))
     import torch
 
-    from stages.bench import engine, engine_report, peers, results
+    from stages.bench import engine, engine_report, findings, peers, results
     from stages.model.synthetic import shape_of
 
     for name in names:
@@ -80,12 +80,7 @@ def bench_engine(args: Namespace) -> int:
         cuda=torch.version.cuda or "",
     )
 
-    def save(body: dict[str, Any]) -> None:
-        results.write(path, body)
+    def measure(save: Any, note: Any) -> findings.Report:
+        return engine.measure(options, head=head, save=save, note=note)
 
-    report = engine.measure(options, head=head, save=save, note=lambda text: print(text, file=sys.stderr, flush=True))
-    save(report.body)
-    for line in engine_report.lines_of(report.body):
-        print(line)
-    print(f"written to  {path}")
-    return 1 if report.failed else 0
+    return findings.recorded(path, measure, engine_report.lines_of)

@@ -1,9 +1,12 @@
-"""What a benchmark has found so far."""
+"""What a benchmark has found so far, and how a command comes to it."""
 
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from stages.bench import results
 from stages.bench.memory import free_memory
 from stages.bench.results import error_words
 
@@ -43,3 +46,26 @@ class Report:
                 self.add("rows", row)
         except Exception as error:  # its own set-up failed
             self.add("rows", {"system": name, "error": error_words(error)})
+
+
+def recorded(
+    path: Path,
+    measure: Callable[[Callable[[Row], None], Callable[[str], None]], Report],
+    lines_of: Callable[[Row], Iterable[str]],
+) -> int:
+    """Measures, saving the JSON as rows come and telling on stderr what is at work; prints the tables. 1 when something
+    of ours could not be measured.
+    """
+
+    def save(body: Row) -> None:
+        results.write(path, body)
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    report = measure(save, note)
+    save(report.body)
+    for line in lines_of(report.body):
+        print(line)
+    print(f"written to  {path}")
+    return 1 if report.failed else 0

@@ -83,7 +83,7 @@ def bench_update(args: Namespace, *, trainer: "Trainer | None" = None) -> int:
     names = () if args.peers == "none" else tuple(args.peers.split(","))
     import torch
 
-    from stages.bench import peers, results, update, update_report
+    from stages.bench import findings, peers, results, update, update_report
     from stages.bench.update_step import Setting
     from stages.model.synthetic import shape_of
 
@@ -128,15 +128,7 @@ def bench_update(args: Namespace, *, trainer: "Trainer | None" = None) -> int:
         cuda=torch.version.cuda or "",
     )
 
-    def save(body: dict[str, Any]) -> None:
-        results.write(path, body)
+    def measure(save: Any, note: Any) -> findings.Report:
+        return update.measure(options, head=head, save=save, note=note, trainer=trainer)
 
-    def note(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    report = update.measure(options, head=head, save=save, note=note, trainer=trainer)
-    save(report.body)
-    for line in update_report.lines_of(report.body):
-        print(line)
-    print(f"written to  {path}")
-    return 1 if report.failed else 0
+    return findings.recorded(path, measure, update_report.lines_of)
