@@ -100,7 +100,7 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
         for order in deal(len(samples), update.steps, seed=derive("deal", config.train.seed, iteration), last=last)
     ]
     longest = max(pack.num_tokens for batch in batches for pack in batch)
-    plan = plan_update(policy, longest, optimizer=update.optimizer, budget_bytes=update.memory_bytes)
+    plan = plan_update(policy, longest, update=update, optimizer=optimizer)
     options: dict[str, Any] = {"temperature": config.rollout.temperature, "plan": plan}
 
     def computed(pack: Pack, *, replay: bool, store: LayerStore | None = None) -> Scored:
@@ -150,14 +150,17 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
             if silent or (not update.kl and all(sample.advantage == 0 for sample in pack.samples)):
                 before = old[index][place] or score(pack)
             else:
+                # copies to the card wait for it, so they come first
+                advantages = torch.tensor([sample.advantage for sample in pack.samples], device=policy.device)
+                lengths = torch.tensor(pack.lengths, device=policy.device)
                 now = computed(pack, replay=update.replay_routes, store=store)
                 before = old[index][place] or now._replace(logprobs=now.logprobs.detach())
                 inputs = LossInputs(
                     old_logprobs=before.logprobs,
                     engine_logprobs=engine,
                     reference_logprobs=reference[index][place] if reference else None,
-                    advantages=torch.tensor([sample.advantage for sample in pack.samples], device=policy.device),
-                    lengths=torch.tensor(pack.lengths, device=policy.device),
+                    advantages=advantages,
+                    lengths=lengths,
                 )
                 loss, metrics = policy_loss(now.logprobs, inputs, totals, update)
                 scaler.scale(loss).backward()

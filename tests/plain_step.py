@@ -17,7 +17,7 @@ class PlainStep:
     def __init__(self, policy: Policy, max_rows: int, max_context: int) -> None:
         self.runner = Runner(policy)
         self.policy, self.max_rows, self.max_context = policy, max_rows, max_context
-        self.num_refreshed = 0
+        self.num_attached = 0
         self.rows: list[int] = []  # of every step
         self.prefills: list[tuple[int, int]] = []  # tokens and past of every prefill
 
@@ -29,8 +29,11 @@ class PlainStep:
     def routes(self, noted: list[Tensor] | None) -> None:
         self.runner.routes = noted
 
-    def refresh(self) -> None:
-        self.num_refreshed += 1
+    def attach(self, _memory: object) -> None:
+        self.num_attached += 1
+
+    def detach(self) -> None:
+        pass
 
     def embed_and_decode(
         self, rows: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, layers: Sequence[LayerCache]

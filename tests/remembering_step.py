@@ -54,11 +54,14 @@ class RememberingStep:
         self.table = TABLE.to(policy.device)
         self.batches: list[int] = []
         self.prefills: list[tuple[int, int, int]] = []  # tokens, documents, past
-        self.num_refreshed = 0
+        self.num_attached = 0
         self.routes: list[Tensor] | None = None
 
-    def refresh(self) -> None:
-        self.num_refreshed += 1
+    def attach(self, _memory: object) -> None:
+        self.num_attached += 1
+
+    def detach(self) -> None:
+        pass
 
     def embed_and_decode(
         self, rows: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, layers: Sequence[LayerCache]

@@ -219,7 +219,10 @@ class FakeStep:
         self.max_context = max_context
         self.routes: list[Tensor] | None = None
 
-    def refresh(self) -> None:
+    def attach(self, _memory: object) -> None:
+        pass
+
+    def detach(self) -> None:
         pass
 
     def embed_and_decode(

@@ -1,4 +1,4 @@
-"""`flexsink bench update`: its floor, its steps, iterations and agreement on the shape tiny, and what it writes."""
+"""`flexsink bench update`: its floor, its steps and iterations on the shape tiny, and what it writes."""
 
 import dataclasses
 import json
@@ -13,36 +13,44 @@ import pytest
 import torch
 
 from flows.cli import parser
-from stages.bench import agreement, memory, peers, results, update, update_iteration, update_peers, update_report
-from stages.bench.agreement import Scored
+from stages.bench import (
+    memory,
+    results,
+    update,
+    update_iteration,
+    update_peers,
+    update_report,
+    update_step,
+)
 from stages.bench.findings import Report
 from stages.bench.memory import Memory, cap_memory
-from stages.bench.update_cases import IterationCase, Layout, packed, parse_targets, parse_tokens, sequence
+from stages.bench.update_cases import (
+    SMALL_ITERATIONS,
+    IterationCase,
+    Layout,
+    packed,
+    parse_iterations,
+    parse_targets,
+    parse_tokens,
+    sequence,
+)
 from stages.bench.update_command import bench_update
 from stages.bench.update_floor import floor_tokens_per_s, keys_seen, step_flops
 from stages.bench.update_longest import fits_memory, longest
-from stages.bench.update_step import Setting, Stopwatch, Trainer, Training, open_policy, own_trainer, random_samples
-from stages.config import UserError
-from stages.engine import Engine
-from stages.grpo import LossInputs
+from stages.bench.update_step import Setting, Stopwatch, Training, open_policy, random_samples
+from stages.config import UpdateConfig, UserError
+from stages.grpo import LossInputs, policy_loss
 from stages.model.shapes import SHAPES
 from stages.model.synthetic import random_tensors
+from stages.trainer import Pack, Sample, deal_packs
+from tests.tiny_training import CPU, EXACT, TINY, exact_training
 
-CPU = torch.device("cpu")
-TINY = dataclasses.replace(SHAPES["tiny"], num_layers=2)
 MODEL_20B = SHAPES["gpt-oss-20b"]
-EXACT = Setting(shape=TINY, rank=4, dtype="fp32", lora_dtype="fp32", optimizer="adamw", learning_rate=1e-2, seed=1)
-
-
-@pytest.fixture(scope="module")
-def trainer() -> Trainer:
-    torch.set_num_threads(1)
-    return own_trainer()
 
 
 @pytest.fixture
-def training(trainer: Trainer) -> Training:
-    return Training(open_policy(EXACT, device=CPU), EXACT, trainer)
+def training() -> Training:
+    return exact_training()
 
 
 def test_the_floor_is_the_one_that_was_worked_out_for_gpt_oss_20b() -> None:
@@ -104,7 +112,7 @@ def test_lengths_and_targets_are_read_as_they_are_written() -> None:
             parse_targets(wrong)
 
 
-def test_lora_on_attention_alone_leaves_the_experts_without(trainer: Trainer) -> None:
+def test_lora_on_attention_alone_leaves_the_experts_without() -> None:
     setting = dataclasses.replace(EXACT, targets="attention", lora_dtype="bf16")
     policy = open_policy(setting, device=CPU)
     names = [name for name, _ in policy.parameters()]
@@ -115,7 +123,7 @@ def test_lora_on_attention_alone_leaves_the_experts_without(trainer: Trainer) ->
 
 
 def test_random_groups_have_no_advantage_on_the_whole() -> None:
-    samples = random_samples(packed(200), lambda **sample: SimpleNamespace(**sample), vocabulary=50, seed=3)
+    samples = random_samples(packed(200), vocabulary=50, seed=3)
     assert len(samples) == 8
     assert len({tuple(sample.prompt_ids) for sample in samples}) == 1
     assert len({tuple(sample.completion_ids) for sample in samples}) == 8
@@ -124,20 +132,21 @@ def test_random_groups_have_no_advantage_on_the_whole() -> None:
     assert all(0 <= token < 50 for sample in samples for token in sample.completion_ids)
 
 
-def test_a_step_trains_on_every_token_once_and_moves_the_adapter(training: Training) -> None:
+def test_a_step_trains_on_every_token_once_and_moves_the_adapter(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, LossInputs, Any]] = []
-    loss = training.trainer.policy_loss
 
     def noting(logprobs: torch.Tensor, inputs: Any, totals: Any, config: Any) -> Any:
         seen.append((len(logprobs), inputs, totals))
-        return loss(logprobs, inputs, totals, config)
+        return policy_loss(logprobs, inputs, totals, config)
 
-    training.trainer = training.trainer._replace(policy_loss=noting)
+    monkeypatch.setattr(update_step, "policy_loss", noting)
     layout = packed(60)
-    samples = random_samples(layout, training.trainer.sample, vocabulary=TINY.vocabulary, seed=0)
+    samples = random_samples(layout, vocabulary=TINY.vocabulary, seed=0)
     before = [parameter.detach().clone() for _, parameter in training.policy.parameters()]
     watch = Stopwatch(CPU)
-    training.step(training.trainer.pack(samples, layout.tokens // 2), watch, on_policy=True)
+    training.step(deal_packs(samples, layout.tokens // 2), watch, on_policy=True)
     parts = watch.milliseconds()
     assert set(parts) == {"forward", "backward", "optimizer"}
     assert all(value > 0 for value in parts.values())
@@ -207,16 +216,15 @@ def test_only_a_lack_of_memory_counts_as_too_long() -> None:
         fits_memory(fails(RuntimeError("shapes differ")))
 
 
-def test_an_iteration_samples_judges_and_trains(training: Training) -> None:
+def test_an_iteration_samples_judges_and_trains(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     case = IterationCase(2, 4, 6, 5, repeats=1)
     taken: list[Any] = []
-    pack = training.trainer.pack
 
-    def noting(samples: Sequence[Any], pack_tokens: int) -> Any:
+    def noting(samples: Sequence[Sample], pack_tokens: int) -> list[Pack]:
         taken.append((samples, pack_tokens))
-        return pack(samples, pack_tokens)
+        return deal_packs(samples, pack_tokens)
 
-    training.trainer = training.trainer._replace(pack=noting)
+    monkeypatch.setattr(update_iteration, "deal_packs", noting)
     row = update_iteration.measure(training, case, memory=Memory(CPU), pack_tokens=26, seed=5)
     assert len(taken) == 2
     samples, pack_tokens = taken[-1]
@@ -238,103 +246,23 @@ def test_an_iteration_samples_judges_and_trains(training: Training) -> None:
 
 
 def test_the_engine_gets_what_the_cap_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: Any = SimpleNamespace(device=torch.device("cuda"))
+    parameter = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    policy = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, parameters=lambda: [("a", parameter)])
+    update = UpdateConfig(optimizer="adamw_8bit")
+    training: Any = SimpleNamespace(policy=policy, update=update, optimizer=SimpleNamespace(state={}))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12_000_000_000)
     left = 15_000_000_000 - 12_000_000_000 - update_iteration.ENGINE_RESERVE_BYTES
-    assert update_iteration.cache_budget(15_000_000_000, held) == left
-    assert update_iteration.cache_budget(None, held) == 0
+    assert update_iteration.cache_budget(15_000_000_000, training) == left - 4000  # the engine's copy, the moments
+    training.optimizer.state[parameter] = {"step": 1}
+    assert update_iteration.cache_budget(15_000_000_000, training) == left - 2000
+    assert update_iteration.cache_budget(None, training) == 0
 
 
-def test_engine_and_trainer_agree_while_the_policy_moves(training: Training) -> None:
-    before = [parameter.detach().clone() for _, parameter in training.policy.parameters()]
-    case = agreement.Case(2, 2, 10, 20, 8)
-    row = agreement.measure(training, case, updates=3)
-    assert row["difference_max"] < 1e-5
-    assert row["k3"] < 1e-9
-    assert abs(row["ratio_mean"] - 1) < 1e-5
-    assert row["tokens"] == 3 * 4 * 8
-    assert len(row["updates"]) == 3
-    assert row["replay_difference_max"] < 1e-5
-    assert row["sets_differ"] == row["replay_sets_differ"] == row["replay_own_sets_differ"] == 0
-    moved = [(a - b).abs().max() for a, (_, b) in zip(before, training.policy.parameters(), strict=True)]
-    assert max(moved) > 1e-3  # far enough that a stale engine would be seen
-
-
-def test_replayed_routes_differ_nowhere_and_are_told_apart(training: Training) -> None:
-    case = agreement.Case(2, 2, 10, 20, 8)
-    engine = Engine(training.policy, max_slots=4, max_new_tokens=8)
-    sampled = engine.run(agreement.requests_of(training, case, seed=0))
-    completions: list[Any] = []
-    for completion, sample in zip(sampled, agreement.samples_of(training, sampled, case, replay=False), strict=True):
-        routes = agreement.scored(training, sample).routes
-        assert routes is not None
-        completions.append(SimpleNamespace(**(vars(completion) | {"routes": routes.to(torch.uint8)})))
-    completions[0].routes[3, 1] = (completions[0].routes[3, 1] + 1) % 8
-    row = agreement.update_row(training, completions, case)
-    computed = sum(len(each.prompt_ids) + 7 for each in completions)
-    assert row["sets_differ"] == pytest.approx(1 / (2 * computed))
-    assert row["replay_sets_differ"] == 0
-    assert row["replay_own_sets_differ"] == pytest.approx(1 / (2 * computed))
-    assert row["replay_tokens"] == row["tokens"] == 32
-
-
-def test_the_figures_of_agreement_are_those_by_hand() -> None:
-    routes = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])  # [R, layers, k]
-    swapped = routes.flip(-1)
-    other = routes.clone()
-    other[1, 0, 1] = 0
-    engine = [Scored(torch.tensor([-1.0, -2.0]), routes), Scored(torch.tensor([-3.0]), routes)]
-    ours = [Scored(torch.tensor([-1.0, -1.5]), swapped), Scored(torch.tensor([-3.25]), other)]
-    row = agreement.compared(engine, ours)
-    assert row["tokens"] == 3
-    assert row["k3"] == pytest.approx((0 + (1.6487213 - 1.5) + (0.7788008 - 0.75)) / 3, rel=1e-6)
-    assert row["ratio_mean"] == pytest.approx((1 + 1.6487213 + 0.7788008) / 3, rel=1e-6)
-    assert row["difference_mean"] == pytest.approx(0.25)
-    assert row["difference_max"] == 0.5
-    assert row["sets_differ"] == 1 / 8
-    assert "sets_differ" not in agreement.compared([Scored(ours[0].logprobs, None)], ours[:1])
-    longer = torch.cat((torch.full((3, 2, 2), 9), routes))
-    assert not agreement.sets_differ(longer, routes).any()  # both end at the same token
-
-
-def test_a_summary_has_means_the_largest_maximum_and_all_tokens() -> None:
-    rows = [
-        {"tokens": 8, "k3": 1.0, "ratio_mean": 1.0, "difference_mean": 2.0, "difference_max": 5.0},
-        {"tokens": 8, "k3": 3.0, "ratio_mean": 1.5, "difference_mean": 4.0, "difference_max": 4.0},
-    ]
-    assert agreement.summary(rows) == {
-        "k3_last": 3.0, "tokens": 16, "k3": 2.0, "ratio_mean": 1.25, "difference_mean": 3.0, "difference_max": 5.0
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def test_the_yardstick_has_the_policys_own_weights() -> None:
-    policy = open_policy(EXACT, device=CPU)
-    model = peers.transformers_model(TINY, device=CPU, seed=1, dtype=torch.float32, unpacked=True)
-    ids = torch.randint(0, TINY.vocabulary, (1, 40), generator=torch.Generator().manual_seed(0))
-    with policy.adapter_disabled():
-        ours = policy.model(ids).logits
-    assert (model(ids).logits - ours).abs().max() < 1e-4
-    assert (model(ids).logits - policy.model(ids).logits).abs().max() > 1e-2
-
-
-def test_transformers_agrees_with_itself_at_another_batch_shape_in_fp32() -> None:
-    row = agreement.yardstick(EXACT, device=CPU)
-    assert row["tokens"] == 8 * 8
-    assert row["difference_max"] < 1e-4
-    assert row["sets_differ"] == 0
-
-
-def test_scored_rows_are_the_last_tokens_of_each_row() -> None:
-    model = peers.transformers_model(TINY, device=CPU, seed=1, dtype=torch.float32)
-    rows = [(5, 6, 7, 8, 9, 10), (11, 12, 13)]
-    found = agreement.scored_rows(model, rows, 2)
-    for row, each in zip(rows, found, strict=True):
-        logits = model(torch.tensor([row])).logits[0].log_softmax(-1)
-        expected = torch.stack([logits[len(row) - 3, row[-2]], logits[len(row) - 2, row[-1]]])
-        assert torch.allclose(each.logprobs, expected, atol=1e-4)
-        assert each.routes is not None
-        assert each.routes.shape == (2, 2, 4)
+def test_iterations_are_picked_by_name() -> None:
+    assert parse_iterations("none", tiny=False) == ()
+    assert parse_iterations("all", tiny=True) == SMALL_ITERATIONS
+    picked = parse_iterations("1x8x4096,1x8x128", tiny=False)
+    assert [(case.prompts, case.group_size, case.new_tokens) for case in picked] == [(1, 8, 4096), (1, 8, 128)]
 
 
 def test_transformers_with_peft_trains_on_attention_and_on_experts() -> None:
@@ -345,6 +273,7 @@ def test_transformers_with_peft_trains_on_attention_and_on_experts() -> None:
     for row in rows:
         assert row["system"].startswith("transformers")
         assert "peft" in row["system"]
+        assert row["system"].endswith(", eager")
         assert "checkpointing" in row["setting"]
         assert row["tokens_per_s"] == pytest.approx(24e3 / row["ms"])
         assert row["forward_ms"] > 0
@@ -353,7 +282,7 @@ def test_transformers_with_peft_trains_on_attention_and_on_experts() -> None:
 def test_the_peers_adapter_is_on_the_targets_alone() -> None:
     shape = dataclasses.replace(TINY, num_layers=1)
     for target, stacks in (("attention", 0), ("attention+experts", 2)):
-        model = update_peers.adapted(shape, target, rank=4, attention="eager", device=CPU)
+        model = update_peers.adapted(shape, target, rank=4, device=CPU)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert len(names) == 2 * (4 + stacks), names
         assert model.training
@@ -369,6 +298,7 @@ def test_a_peer_out_of_memory_or_time_says_so_in_its_row(monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"tokens_per_s": 1.0}
 
+    monkeypatch.setattr(torch.nn.Linear, "set_attn_implementation", lambda *_: None, raising=False)
     monkeypatch.setattr(torch.nn.Linear, "config", SimpleNamespace(_experts_implementation="eager"), raising=False)
     monkeypatch.setattr(update_peers, "measured", breaks)
     rows = list(update_peers.transformers_rows(shape, [50, 200], device=CPU, seconds=60, targets=["attention"]))
@@ -385,7 +315,7 @@ def own_peer(shape: Any, tokens: Sequence[int], **kinds: Any) -> Iterator[dict[s
 
 
 def test_the_command_measures_the_tiny_shape_on_a_cpu(
-    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
@@ -396,7 +326,7 @@ def test_the_command_measures_the_tiny_shape_on_a_cpu(
     words += ["--peers", f"{__name__}:own_peer", "--out", str(path)]
     monkeypatch.setattr(sys, "argv", ["flexsink", *words])
     args = parser().parse_args(words)
-    assert bench_update(args, trainer=trainer) == 0
+    assert bench_update(args) == 0
     body = json.loads(path.read_text())
     assert {"bench", "gpu", "versions", "command", "rows"} <= body.keys()
     assert (body["bench"], body["weights"], body["gpu"]) == ("update", "synthetic", "cpu")
@@ -421,11 +351,11 @@ def test_the_command_measures_the_tiny_shape_on_a_cpu(
     assert f"written to  {path}" in told
 
 
-def test_targets_are_measured_one_after_the_other(trainer: Trainer) -> None:
+def test_targets_are_measured_one_after_the_other() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     options = update.Options(setting=EXACT, targets=("attention", "attention+experts"))
-    report = update.measure(options, head={}, trainer=trainer)
+    report = update.measure(options, head={})
     attention, both = report.body["startup"]
     assert (attention["targets"], both["targets"]) == options.targets
     assert attention["adapter_bytes"] == 4 * 2 * 4 * (128 + 256 + 2 * (128 + 64) + 256 + 128)  # q, k and v, o
@@ -441,6 +371,7 @@ def test_wrong_words_are_told_before_anything_is_measured() -> None:
         (["--tokens", "4k"], "no number of tokens"),
         (["--peers", "vllm"], "no peer"),
         (["--shape", "gpt-5"], "no shape"),
+        (["--iteration", "8x8x8"], "there is no '8x8x8'"),
     ):
         with pytest.raises(UserError, match=said):
             bench_update(parser().parse_args(["bench", "update", *words]))
@@ -461,7 +392,7 @@ def test_a_cap_is_a_share_of_the_cards_memory(monkeypatch: pytest.MonkeyPatch) -
     assert cap_memory(card, 35e9) == 35_000_000_000
     assert cap_memory(card, 0) is None
     assert cap_memory(card, 200e9) is None
-    assert set_to == [0.25, 1.0, 1.0]
+    assert set_to == [(35e9 - memory.OVERSHOOT_BYTES) / 140e9, 1.0, 1.0]
     assert cap_memory(CPU, 35e9) is None
 
 

@@ -20,12 +20,20 @@ NEAR_TIE = 1e-4  # eager's own two best logits this close: either token is right
 ROUTER_TIE = 3e-6  # eager's fourth and fifth expert this close: either is right, and all that follows differs
 
 
-def make_policy(folder: Path, *, experts: str = "dequantized", trained: bool = True, dense: str = "full") -> Policy:
-    """A float32 policy of the random checkpoint; `trained` gives its adapter deltas that matter."""
-    model = build(Checkpoint(folder), experts=experts, dtype=torch.float32, dense=dense)
+def make_policy(
+    folder: Path,
+    *,
+    experts: str = "dequantized",
+    trained: bool = True,
+    dense: str = "full",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Policy:
+    """A policy of the checkpoint; `trained` gives its adapter deltas that matter."""
+    model = build(Checkpoint(folder), experts=experts, dtype=dtype, dense=dense, device=device)
     policy = Policy(model, None, lora_rank=4, lora_alpha=8.0, seed=0, source=str(folder), checkpoint_digests={})
     if trained:
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator(device).manual_seed(5)
         with torch.no_grad():
             for name, parameter in policy.parameters():
                 if name.endswith(".b"):

@@ -25,7 +25,7 @@ from stages.model.policy import Policy
 from stages.model.shapes import SHAPES
 from stages.model.synthetic import synthetic_policy
 from stages.trainer import Pack, Sample, completion_logprobs, deal_packs
-from stages.trainer.optimizer import make_optimizer, restore_optimizer, save_optimizer
+from stages.trainer.optimizer import make_optimizer, restore_optimizer, save_optimizer, unwaiting
 from tests.eager_twin import eager_twin
 from tests.random_gpt_oss import eager_model
 from tests.test_engine import BUNDLED, merged_eager, prompt_of
@@ -379,3 +379,26 @@ def test_an_update_moves_what_it_is_told_to_and_nothing_else_of_the_model(which:
         execute(run, run.config(), STAGES[3], update.run, session)
         changed = {name for name, tensor in tensors if not torch.equal(tensor, before[name])}
     assert changed == {name for name, _ in policy.parameters()}
+
+
+def test_the_8_bit_optimizer_does_what_bitsandbytes_own_does() -> None:
+    """Only that it does not wait for the card; on the CPU there is no card to wait for."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    shapes = [(32, 4, 64), (64,), (3000, 4)]  # the second has moments in 32 bits
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = (
+        unwaiting(bnb.optim.AdamW8bit)(ours, lr=1e-2, weight_decay=0.1),
+        bnb.optim.AdamW8bit(theirs, lr=1e-2, weight_decay=0.1),
+    )
+    for step in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        if step == 1:
+            ours[2].grad = theirs[2].grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+            assert not torch.equal(mine, torch.ones_like(mine))

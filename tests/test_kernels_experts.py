@@ -5,7 +5,7 @@ import torch
 
 from stages.kernels import reference
 from stages.kernels.linear import Tile, linear, linear_parts
-from stages.kernels.norms import add_norm, combine_norm, embed_norm
+from stages.kernels.norms import add_norm, combine_norm, embed, embed_norm
 from stages.kernels.packed_experts import (
     Launch,
     PackedExperts,
@@ -170,6 +170,14 @@ def test_a_bfloat16_step_errs_no_more_than_plain_bfloat16_does():
     low = {name: value.bfloat16() if isinstance(value, torch.Tensor) else value for name, value in dense.items()}
     plain = reference.experts(hidden, routing.indices.long(), routing.weights.bfloat16(), **low)
     assert (total - expected).norm() <= 2 * (plain - expected).norm()
+
+
+def test_rows_of_an_embedding_are_its_rows():
+    embedding = torch.randn(50, 96, device=DEVICE, dtype=torch.bfloat16)
+    tokens = torch.tensor([3, 49, 0, 3], device=DEVICE)
+    assert torch.equal(embed(embedding, tokens), embedding[tokens])
+    if DEVICE != "cpu":
+        assert torch.equal(embed(embedding.cpu().pin_memory(), tokens), embedding[tokens])
 
 
 def test_the_streams_kernels_equal_plain_arithmetic():

@@ -117,19 +117,21 @@ def test_gates_and_ups_beyond_the_limit_have_no_gradient():
         assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max()
 
 
-def test_without_its_forward_the_gradients_are_the_same():
+@pytest.mark.parametrize("tiling", [ALL_AT_ONCE, Tiling(3, 2)])
+def test_without_its_forward_or_with_what_forward_kept_the_gradients_are_the_same(tiling):
     frozen, _, factors = layer(64, 64, 4)
     hidden, indices, weights, grad = tokens(8, 64)
     leaves = [factor.requires_grad_() for factor in factors]
     loras = Lora(leaves[0], leaves[1], SCALE), Lora(leaves[2], leaves[3], SCALE)
     grads = []
-    for only_backward in (False, True):
+    for options in ({}, {"only_backward": True}, {"keep": True}):
         out = trained_experts.trained_experts(
-            hidden, indices, weights, frozen, gate_up_lora=loras[0], down_lora=loras[1], only_backward=only_backward
+            hidden, indices, weights, frozen, gate_up_lora=loras[0], down_lora=loras[1], tiling=tiling, **options
         )
         grads.append(torch.autograd.grad(out, leaves, grad))
-    for whole, backward in zip(*grads, strict=True):
+    for whole, backward, kept in zip(*grads, strict=True):
         assert torch.equal(whole, backward)
+        assert torch.equal(whole, kept)
 
 
 @pytest.mark.gpu

@@ -60,6 +60,13 @@ def test_a_whole_checkpoint_in_the_hubs_cache_is_used_without_asking_the_hub(
     assert "socket.connect 127.0.0.2" in located(tmp_path)[1]  # HF_ENDPOINT
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_no_published_model_is_fetched() -> None:
+    with pytest.raises(UserError, match="openai/gpt-oss-20b needs a GPU of 16 GB or more") as caught:
+        locate("openai/gpt-oss-20b")
+    assert "tiny" in caught.value.hint
+
+
 def test_the_network_watch_would_notice(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(network_watch.PROGRAM)
     program = "import socket; socket.socket().connect_ex(('192.0.2.1', 0)); socket.getaddrinfo('127.0.0.1', 80)"

@@ -1,24 +1,47 @@
 """The memory plan: what fits is chosen, what does not is refused with what would help."""
 
 import pytest
+import torch
 
-from stages.config import UserError
-from stages.trainer.plan import PLANS, Sizes, choose_plan, longest_fitting, needed_bytes
+from stages.config import UpdateConfig, UserError
+from stages.model.experts import Experts
+from stages.model.shapes import SHAPES
+from stages.model.synthetic import synthetic_policy
+from stages.trainer.plan import PLANS, Sizes, choose_plan, held_bytes, longest_fitting, needed_bytes
 
 # gpt-oss-20b with LoRA r=16 in bf16 and 8-bit AdamW, its embedding in the host's memory
 SIZES = Sizes(
-    width=2880, heads=64, heads_width=4096, keys_width=512, inner=2880, experts=32, top_k=4, held=13_712_739_328,
+    width=2880, heads=64, heads_width=4096, keys_width=512, inner=2880, experts=32, top_k=4, layers=24,
+    held=13_712_739_328,
     number=2,
 )  # fmt: skip
 
 
-def test_the_roomiest_plan_that_fits_is_chosen() -> None:
+def test_the_fastest_plan_that_fits_is_chosen() -> None:
     needs = [needed_bytes(SIZES, 4096, plan) for plan in PLANS]
     assert needs == sorted(needs, reverse=True)
-    for need in needs:
+    for need in set(needs):
         assert choose_plan(SIZES, 4096, need) == PLANS[needs.index(need)]
-        assert needed_bytes(SIZES, 4096, choose_plan(SIZES, 4096, need)) <= need
-    assert choose_plan(SIZES, 4096, 141e9) == PLANS[0]
+    assert choose_plan(SIZES, 4096, 141e9) == PLANS[0]._replace(kept_layers=24)
+
+
+def test_layers_keep_their_graphs_in_half_of_what_is_left_over() -> None:
+    least = needed_bytes(SIZES, 4096, PLANS[0])
+    kept = []
+    for budget in (least, least + 1e9, 20e9, 24e9, 40e9):
+        plan = choose_plan(SIZES, 4096, budget)
+        assert plan._replace(kept_layers=0) == PLANS[0]
+        assert needed_bytes(SIZES, 4096, plan) <= (least + budget) / 2
+        kept.append(plan.kept_layers)
+    assert kept == [0, 1, 5, 10, 24]
+
+
+def test_layers_whose_experts_autograd_trains_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = synthetic_policy(SHAPES["tiny"], lora_rank=4, dtype=torch.float32, device="cpu", seed=1)
+    monkeypatch.setattr(Experts, "trained_by_kernels", True)
+    assert Sizes.of(policy, held=0).layers == SHAPES["tiny"].num_layers
+    monkeypatch.setattr(Experts, "trained_by_kernels", False)
+    assert choose_plan(Sizes.of(policy, held=0), 256, 141e9).kept_layers == 0
 
 
 def test_memory_grows_linearly_with_the_length() -> None:
@@ -38,3 +61,31 @@ def test_a_length_that_cannot_fit_is_refused_with_one_that_can() -> None:
         choose_plan(SIZES, 256, 12e9, optimizer="adamw_8bit")
     assert "a budget of 14." in str(caught.value.hint)
     assert "adamw_8bit" not in str(caught.value.hint)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_what_else_lies_on_the_card_counts() -> None:
+    policy = synthetic_policy(SHAPES["tiny"], lora_rank=4, dtype=torch.bfloat16, device="cuda", seed=1)
+    update = UpdateConfig()
+    optimizer = torch.optim.AdamW([parameter for _, parameter in policy.parameters()])
+    before = held_bytes(policy, update, optimizer)
+    rest = torch.empty(300 << 20, dtype=torch.uint8, device="cuda")
+    assert held_bytes(policy, update, optimizer) - before == pytest.approx(rest.nbytes, abs=40 << 20)
+    del rest
+    assert held_bytes(policy, update, optimizer) == pytest.approx(before, abs=40 << 20)
+
+
+def test_gradients_and_moments_count_before_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = synthetic_policy(SHAPES["tiny"], lora_rank=4, dtype=torch.float32, device="cpu", seed=1)
+    parameters = [parameter for _, parameter in policy.parameters()]
+    numbers = sum(parameter.numel() for parameter in parameters)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    optimizer = torch.optim.AdamW(parameters)
+    for name, of_number in (("adamw", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2)):
+        assert held_bytes(policy, UpdateConfig(optimizer=name), optimizer) == 1000 + (4 + of_number) * numbers
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    assert held_bytes(policy, UpdateConfig(), optimizer) == 1000 + 8 * numbers
+    optimizer.step()
+    assert held_bytes(policy, UpdateConfig(), optimizer) == 1000

@@ -228,7 +228,7 @@ def test_tables_fit_a_narrow_terminal(run: RunDir) -> None:
 def test_an_iteration_says_what_its_programs_depend_on(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row for row in history.completions(run, 1).to_pylist() if row["outcome"] == "ok"]
     drawn = [row["depends_on_random"] for row in rows if row["depends_on_random"] is not None]
-    assert f"{sum(drawn)} of {len(drawn)} draw lots" in printed(run, capsys, "--iteration", "1")
+    assert f"{sum(drawn)} of {len(drawn)} draw random numbers" in printed(run, capsys, "--iteration", "1")
 
 
 def test_two_iterations_are_compared_as_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,6 +354,8 @@ def test_runs_lists_state_iterations_reward_and_size(
     (tmp_path / "no run").mkdir()
     parser = ArgumentParser()
     runs.add_runs_arguments(parser)
+    with pytest.raises(UserError, match="new is a run, not a folder of runs"):
+        runs.list_runs(parser.parse_args([str(tmp_path / "new")]))
     assert runs.list_runs(parser.parse_args([str(tmp_path), "--json"])) == 0
     seen = {Path(row["run"]).name: row for row in json.loads(capsys.readouterr().out)}
     assert set(seen) == {"done", "stopped", "new", "broken"}

@@ -46,7 +46,10 @@ class RunDir:
     def open(cls, path: Path) -> "RunDir":
         """The run in `path`; UserError when there is none."""
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} holds no run: it has no config.json", "see the runs there are with: flexsink runs")
+            usual = Path("data/runs", path)
+            there = (usual / "config.json").is_file()
+            hint = f"did you mean {usual}?" if there else "see the runs there are with: flexsink runs"
+            raise UserError(f"{path} holds no run: it has no config.json", hint)
         return cls(path)
 
     def config(self) -> RunConfig:

@@ -20,6 +20,7 @@ from stages.bench.rollouts import draw_prompts
 from stages.bench.update_step import DTYPES, Setting, Stopwatch, Training, requests, rewarded
 from stages.engine import Completion, Engine, Request
 from stages.model.shapes import Shape
+from stages.trainer import Pack, Sample, deal_packs
 from stages.trainer.routes import other_experts
 
 Row = dict[str, Any]
@@ -66,17 +67,17 @@ def measure(training: Training, case: Case, *, updates: int, seed: int = 0) -> R
 
 def update_row(training: Training, completions: Sequence[Completion], case: Case) -> Row:
     """The figures of one rollout, which is then trained on."""
-    samples = samples_of(training, completions, case, replay=False)
+    samples = samples_of(completions, case, replay=False)
     device = training.policy.device
     engine = [Scored(torch.tensor(each.engine_logprobs, device=device), each.routes) for each in completions]
-    trainer = [scored(training, sample) for sample in samples]
+    trainer = scored(training, samples)
     row = compared(engine, trainer)
     if all(each.routes is not None for each in engine):
-        replayed = [scored(training, each) for each in samples_of(training, completions, case, replay=True)]
+        replayed = scored(training, samples_of(completions, case, replay=True))
         row |= {f"replay_{name}": value for name, value in compared(engine, replayed).items()}
         own = [Scored(each.logprobs, each.own) for each in replayed]
         row["replay_own_sets_differ"] = compared(engine, own)["sets_differ"]
-    packs = training.trainer.pack(samples, sum(len(each.prompt_ids) + case.new_tokens for each in completions))
+    packs = deal_packs(samples, sum(len(each.prompt_ids) + case.new_tokens for each in completions))
     training.step(packs, Stopwatch(device), on_policy=False)
     return row
 
@@ -135,21 +136,35 @@ def requests_of(training: Training, case: Case, *, seed: int) -> list[Request]:
     )
 
 
-def samples_of(training: Training, completions: Sequence[Completion], case: Case, *, replay: bool) -> list[Any]:
+def samples_of(completions: Sequence[Completion], case: Case, *, replay: bool) -> list[Sample]:
     """The completions as the trainer takes them, with the engine's routes for it to replay or without."""
     rewards = [sum(each.completion_ids) for each in completions]
-    return rewarded(training, completions, rewards, group_size=case.group_size, replay=replay)
+    return rewarded(completions, rewards, group_size=case.group_size, replay=replay)
 
 
-def scored(training: Training, sample: Any) -> Scored:
-    """The trainer's view of one completion alone in its pack, without gradients; with the sample's routes, by them.
-    Routes are those it went by.
+def scored(training: Training, samples: Sequence[Sample]) -> list[Scored]:
+    """The trainer's view of completions in one pack, without gradients; with the samples' routes, by them. Routes are
+    those it went by.
     """
-    (pack,) = training.trainer.pack([sample], len(sample.prompt_ids) + len(sample.completion_ids))
+    (pack,) = deal_packs(samples, sum(len(each.prompt_ids) + len(each.completion_ids) for each in samples))
+    assert [each.completion_id for each in pack.samples] == [each.completion_id for each in samples]
     own: list[Tensor] = []
     with experts_noted(training.policy.model) as used:
-        logprobs = training.logprobs(pack, grad=False, replay_routes=sample.routes is not None, routes=own)
-    return Scored(logprobs, torch.stack(used, dim=1), torch.stack(own, dim=1))
+        logprobs = training.logprobs(pack, grad=False, replay_routes=samples[0].routes is not None, routes=own)
+    routes = (of_completions(pack, torch.stack(layers, dim=1)) for layers in (used, own))
+    return [Scored(*each) for each in zip(logprobs.split(pack.lengths), *routes, strict=True)]
+
+
+def of_completions(pack: Pack, rows: Tensor) -> list[Tensor]:
+    """What a pack's tokens have, [T, ...], for each completion and the prompt before it."""
+    found, start = [], 0
+    for group in pack.grouped():
+        prompt = rows[start : start + len(group[0].prompt_ids)]
+        start += len(prompt)
+        for sample in group:
+            found.append(torch.cat((prompt, rows[start : start + sample.num_tokens])))
+            start += sample.num_tokens
+    return found
 
 
 @contextmanager

@@ -86,10 +86,14 @@ class Rows:
         self._page_table[:count, :pages] = self._pages.to(device)
         self._memory = cache_memory(device)
         sizes = {"max_slots": count, "num_pages": 1 + count * pages}
-        self.cache = PagedCache(config, **sizes, dtype=policy.dtype, memory=self._memory)
-        self.cache_bytes = self.cache.nbytes
-        self.step = make_step(policy, count, context)
-        self.step.refresh()
+        try:
+            self.cache = PagedCache(config, **sizes, dtype=policy.dtype, memory=self._memory)
+            self.cache_bytes = self.cache.nbytes
+            self.step = make_step(policy, count, context)
+            self.step.attach(self._memory)
+        except BaseException:
+            self._memory.close()  # the next case is to have the card to itself
+            raise
         self._logits: Tensor | None = None
         self._noted: list[Tensor] | None = [] if note_routes else None
         on_card = device.type == "cuda" if capture is None else capture

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 WATCH_EVERY_S = 0.05  # a look takes some ten microseconds
+OVERSHOOT_BYTES = 64 << 20  # segments that grow in place may go beyond PyTorch's limit by a page or two
 
 
 class Memory:
@@ -88,7 +89,7 @@ def cap_memory(device: torch.device, cap_bytes: float) -> int | None:
     if device.type != "cuda":
         return None
     total = torch.cuda.get_device_properties(device).total_memory
-    fraction = min(cap_bytes / total, 1.0) if cap_bytes else 1.0
+    fraction = min((cap_bytes - OVERSHOOT_BYTES) / total, 1.0) if cap_bytes else 1.0
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return int(cap_bytes) if cap_bytes and fraction < 1 else None
 

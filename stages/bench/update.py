@@ -20,13 +20,14 @@ import torch
 from stages.bench import agreement, peers, update_iteration, update_peers
 from stages.bench.findings import Report
 from stages.bench.kernel_times import kernel_times
-from stages.bench.memory import Memory, cap_memory, free_memory, synchronize
-from stages.bench.update_cases import ITERATIONS, SMALL_ITERATIONS, IterationCase, Layout, packed, sequence
+from stages.bench.memory import OVERSHOOT_BYTES, Memory, cap_memory, free_memory, synchronize
+from stages.bench.update_cases import IterationCase, Layout, packed, sequence
 from stages.bench.update_floor import REFERENCE_TFLOPS, floor_tokens_per_s, step_flops
 from stages.bench.update_longest import fits_memory, longest
-from stages.bench.update_step import Setting, Stopwatch, Trainer, Training, open_policy, own_trainer, random_samples
+from stages.bench.update_step import Setting, Stopwatch, Training, open_policy, random_samples
 from stages.config import UserError
 from stages.model.shapes import Shape
+from stages.trainer import Pack, deal_packs
 
 Row = dict[str, Any]
 KINDS = ("rows", "longest", "iteration", "agreement", "startup")
@@ -48,7 +49,7 @@ class Options:
     repeats: int = 5
     peers: tuple[str, ...] = ()
     longest: bool = False
-    iteration: bool = False
+    iterations: tuple[IterationCase, ...] = ()
     agreement: bool = False
     updates: int = 20
     # of the agreement
@@ -66,22 +67,17 @@ def measure(
     head: Row,
     save: Callable[[Row], None] = lambda body: None,
     note: Callable[[str], None] = lambda text: None,
-    trainer: Trainer | None = None,
 ) -> Report:
-    """Everything asked for, on the first CUDA card, or of the shape tiny on a CPU; UserError when there is no card.
-
-    trainer: None is the project's own.
-    """
+    """Everything asked for, on the first CUDA card, or of the shape tiny on a CPU; UserError when there is no card."""
     shape = options.setting.shape
     if not torch.cuda.is_available() and not shape.name.startswith("tiny"):
         raise UserError(f"bench update of {shape.name} needs a CUDA card", "without one: --shape tiny --tokens 256,512")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    trainer = trainer or own_trainer()
     memory = Memory(device)
     report = Report(head | {"reference_tflops": REFERENCE_TFLOPS}, save, kinds=KINDS)
     for targets in options.targets:
         setting = Setting(**{**vars(options.setting), "targets": targets})
-        measure_setting(options, setting, report, memory=memory, note=note, trainer=trainer)
+        measure_setting(options, setting, report, memory=memory, note=note)
         cap_memory(device, 0)
         free_memory()
     if options.agreement:
@@ -106,7 +102,6 @@ def measure_setting(
     *,
     memory: Memory,
     note: Callable[[str], None],
-    trainer: Trainer,
 ) -> None:
     """Adds our rows of one policy."""
     device = memory.device
@@ -120,8 +115,8 @@ def measure_setting(
     made = {"weights_s": time.perf_counter() - started, "weight_bytes": policy.weight_bytes(), "adapter_bytes": adapter}
     report.add("startup", about | made | memory.row())
     free_memory()
-    about["cap_bytes"] = cap_memory(device, options.cap_bytes)
-    training = Training(policy, setting, trainer, memory_bytes=about["cap_bytes"] or 0)
+    about["cap_bytes"] = cap = cap_memory(device, options.cap_bytes)
+    training = Training(policy, setting, memory_bytes=cap - OVERSHOOT_BYTES if cap else 0)
     for layout in [layout for tokens in options.tokens for layout in (sequence(tokens), packed(tokens))]:
         note(f"{name}: {layout.mode} of {layout.tokens} tokens")
         report.attempt(
@@ -132,14 +127,13 @@ def measure_setting(
     if options.longest:
         note(f"{name}: the longest sequence")
         report.attempt("longest", dict(about), functools.partial(measure_longest, training, setting, options, memory))
-    if options.iteration:
-        for case in iterations(setting.shape):
-            note(f"{name}: iteration of {case}")
-            run = functools.partial(update_iteration.measure, training, case, memory=memory)
-            kinds = {"cap_bytes": about["cap_bytes"], "slots": options.slots, "seed": setting.seed}
-            if options.pack_tokens:
-                kinds["pack_tokens"] = options.pack_tokens
-            report.attempt("iteration", about | case._asdict(), functools.partial(run, **kinds))
+    for case in options.iterations:
+        note(f"{name}: iteration of {case}")
+        run = functools.partial(update_iteration.measure, training, case, memory=memory)
+        kinds = {"cap_bytes": about["cap_bytes"], "slots": options.slots, "seed": setting.seed}
+        if options.pack_tokens:
+            kinds["pack_tokens"] = options.pack_tokens
+        report.attempt("iteration", about | case._asdict(), functools.partial(run, **kinds))
     if options.agreement:
         note(f"{name}: agreement over {options.updates} updates")
         sampled = agreement.case_of(setting.shape)
@@ -151,17 +145,12 @@ def measure_setting(
     training.close()
 
 
-def iterations(shape: Shape) -> tuple[IterationCase, ...]:
-    """The whole iterations that are measured of a shape."""
-    return SMALL_ITERATIONS if shape.name.startswith("tiny") else ITERATIONS
-
-
 def measure_layout(training: Training, setting: Setting, layout: Layout, options: Options, *, memory: Memory) -> Row:
     """The row of one layout; tokens count as often as they are computed."""
-    policy, trainer = training.policy, training.trainer
+    policy = training.policy
     memory.reset()
-    samples = random_samples(layout, trainer.sample, vocabulary=setting.shape.vocabulary, seed=setting.seed)
-    packs = trainer.pack(samples, options.pack_tokens or layout.tokens)
+    samples = random_samples(layout, vocabulary=setting.shape.vocabulary, seed=setting.seed)
+    packs = deal_packs(samples, options.pack_tokens or layout.tokens)
     watch = Stopwatch(policy.device)
     parts: list[dict[str, float]] = []
     with memory.watched():
@@ -174,7 +163,7 @@ def measure_layout(training: Training, setting: Setting, layout: Layout, options
             training.step(packs, watch, on_policy=True)
             parts.append(watch.milliseconds())
         held = memory.details()
-    kernels = profiled(training, packs) if options.profile and policy.device.type == "cuda" else {}
+    kernels = profiled(training, packs[0]) if options.profile and policy.device.type == "cuda" else {}
     return row_of(setting.shape, layout, parts) | {
         "completion_tokens": layout.trained_tokens,
         "packs": len(packs),
@@ -204,16 +193,15 @@ def row_of(shape: Shape, layout: Layout, parts: list[dict[str, float]]) -> Row:
     }
 
 
-def profiled(training: Training, packs: Any) -> Row:
-    """The kernels of a forward and of a backward pass over all packs."""
-    passes: list[Any] = []
+def profiled(training: Training, pack: Pack) -> Row:
+    """The kernels of a forward and of a backward pass over one pack."""
+    passed: list[Any] = []
 
     def forward(_: int) -> None:
-        passes.extend(training.logprobs(pack, grad=True) for pack in packs)
+        passed.append(training.logprobs(pack, grad=True))
 
     def backward(_: int) -> None:
-        for each in passes:
-            each.sum().backward()
+        passed.pop().sum().backward()
 
     found = {"forward_kernels": kernel_times(forward, steps=1), "backward_kernels": kernel_times(backward, steps=1)}
     training.optimizer.zero_grad(set_to_none=True)
@@ -227,10 +215,10 @@ def measure_longest(training: Training, setting: Setting, options: Options, memo
     def attempt(tokens: int) -> None:
         layout = sequence(tokens)
         memory.reset()
-        samples = random_samples(layout, training.trainer.sample, vocabulary=setting.shape.vocabulary, seed=0)
+        samples = random_samples(layout, vocabulary=setting.shape.vocabulary, seed=0)
         watch = Stopwatch(training.policy.device)
         with memory.watched():
-            training.step(training.trainer.pack(samples, tokens), watch, on_policy=True)
+            training.step(deal_packs(samples, tokens), watch, on_policy=True)
             peaks[tokens] = row_of(setting.shape, layout, [watch.milliseconds()]) | memory.details()
 
     start = max(options.tokens, default=4096) if torch.cuda.is_available() else 32

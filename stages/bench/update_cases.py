@@ -64,6 +64,11 @@ class IterationCase(NamedTuple):
     def __str__(self) -> str:
         return f"{self.prompts} x {self.group_size} x ({self.prompt_tokens} + {self.new_tokens})"
 
+    @property
+    def name(self) -> str:
+        """As --iteration names it, for example 1x8x1024."""
+        return f"{self.prompts}x{self.group_size}x{self.new_tokens}"
+
 
 ITERATIONS = (
     IterationCase(1, 8, 128, 128, repeats=3),
@@ -105,3 +110,14 @@ def parse_targets(text: str) -> tuple[str, ...]:
         if word not in ("attention", "attention+experts"):
             raise UserError(f"{word!r} is no target of LoRA", "attention+experts, attention, or both with a comma")
     return found
+
+
+def parse_iterations(text: str, *, tiny: bool) -> tuple[IterationCase, ...]:
+    """The iterations of `--iteration`: none, all of the shape's, or those named; UserError for another name."""
+    cases = {case.name: case for case in (SMALL_ITERATIONS if tiny else ITERATIONS)}
+    if text in ("none", "all"):
+        return tuple(cases.values()) if text == "all" else ()
+    for name in text.split(","):
+        if name not in cases:
+            raise UserError(f"--iteration: there is no {name!r}", f"all, or some of {','.join(cases)}")
+    return tuple(cases[name] for name in text.split(","))

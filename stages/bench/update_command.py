@@ -3,13 +3,10 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stages.bench.update_cases import parse_targets, parse_tokens
+from stages.bench.update_cases import parse_iterations, parse_targets, parse_tokens
 from stages.config import UserError
-
-if TYPE_CHECKING:
-    from stages.bench.update_step import Trainer
 
 TOKENS = "4096,32768,131072"
 
@@ -54,7 +51,14 @@ def add_update_arguments(parser: ArgumentParser) -> None:
         help="measured in the same run: transformers, package.module:function, or none (transformers)",
     )
     parser.add_argument("--longest", action="store_true", help="also find the longest sequence that fits")
-    parser.add_argument("--iteration", action="store_true", help="also time whole iterations: rollout, reward, update")
+    parser.add_argument(
+        "--iteration",
+        nargs="?",
+        const="all",
+        default="none",
+        metavar="LIST",
+        help="also time whole iterations, rollout, reward and update: all, or prompts x group x tokens as in 1x8x1024",
+    )
     parser.add_argument("--agreement", action="store_true", help="also compare engine and trainer over updates")
     parser.add_argument("--updates", type=int, default=20, metavar="N", help="of --agreement (20)")
     parser.add_argument("--slots", type=int, default=256, metavar="N", help="of the iterations' engine (256)")
@@ -69,11 +73,8 @@ def add_update_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults(command=bench_update)
 
 
-def bench_update(args: Namespace, *, trainer: "Trainer | None" = None) -> int:
-    """Measures, prints the tables, writes the JSON; 1 when something of ours could not be measured.
-
-    trainer: None is the project's own.
-    """
+def bench_update(args: Namespace) -> int:
+    """Measures, prints the tables, writes the JSON; 1 when something of ours could not be measured."""
     tokens, targets = parse_tokens(args.tokens), parse_targets(args.targets)
     for name, least in (("repeats", 1), ("lora", 1), ("updates", 1), ("slots", 1), ("pack_tokens", 0)):
         if getattr(args, name) < least:
@@ -81,6 +82,7 @@ def bench_update(args: Namespace, *, trainer: "Trainer | None" = None) -> int:
     if not args.memory_cap >= 0:
         raise UserError(f"--memory-cap is {args.memory_cap:g}", "bytes, for example 24e9")
     names = () if args.peers == "none" else tuple(args.peers.split(","))
+    iterations = parse_iterations(args.iteration, tiny=args.shape == "tiny")
     import torch
 
     from stages.bench import findings, peers, results, update, update_report
@@ -110,7 +112,7 @@ def bench_update(args: Namespace, *, trainer: "Trainer | None" = None) -> int:
         repeats=args.repeats,
         peers=names,
         longest=args.longest,
-        iteration=args.iteration,
+        iterations=iterations,
         agreement=args.agreement,
         updates=args.updates,
         slots=args.slots,
@@ -129,6 +131,6 @@ def bench_update(args: Namespace, *, trainer: "Trainer | None" = None) -> int:
     )
 
     def measure(save: Any, note: Any) -> findings.Report:
-        return update.measure(options, head=head, save=save, note=note, trainer=trainer)
+        return update.measure(options, head=head, save=save, note=note)
 
     return findings.recorded(path, measure, update_report.lines_of)

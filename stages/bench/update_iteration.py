@@ -13,9 +13,11 @@ from stages.bench.memory import Memory, synchronize
 from stages.bench.update_cases import IterationCase
 from stages.bench.update_step import Stopwatch, Training, requests, rewarded
 from stages.engine import Engine
+from stages.trainer import Pack, deal_packs
+from stages.trainer.optimizer import moments_to_come
 
 Row = dict[str, Any]
-ENGINE_RESERVE_BYTES = 512 << 20  # of what the cap leaves, kept for the engine's copy of the adapter and for prefill
+ENGINE_RESERVE_BYTES = 512 << 20  # of what the cap leaves, kept for prefill and graphs
 PACK_TOKENS = 8192
 
 
@@ -40,10 +42,10 @@ def measure(
         training.policy,
         max_slots=min(completions, slots),
         max_new_tokens=case.new_tokens,
-        cache_bytes=cache_budget(cap_bytes, memory),
+        cache_bytes=cache_budget(cap_bytes, training),
     )
     found: list[Row] = []
-    packs: Sequence[Any] = ()
+    packs: Sequence[Pack] = ()
     try:
         with memory.watched():
             for repeat in range(case.repeats + 1):
@@ -68,7 +70,7 @@ def measure(
 
 def iterate(
     training: Training, engine: Engine, case: IterationCase, *, pack_tokens: int, seed: int
-) -> tuple[Row, Sequence[Any]]:
+) -> tuple[Row, Sequence[Pack]]:
     """One iteration, in which the share of even tokens is rewarded: iteration_s and the seconds of its parts; and what
     it trained on.
     """
@@ -86,8 +88,8 @@ def iterate(
     synchronize(device)
     sampled = time.perf_counter()
     rewards = [sum(token % 2 == 0 for token in each.completion_ids) / case.new_tokens for each in completions]
-    samples = rewarded(training, completions, rewards, group_size=case.group_size)
-    packs = training.trainer.pack(samples, pack_tokens)
+    samples = rewarded(completions, rewards, group_size=case.group_size)
+    packs = deal_packs(samples, pack_tokens)
     judging = time.perf_counter()
     watch = Stopwatch(device)
     training.step(packs, watch, on_policy=False)
@@ -104,7 +106,7 @@ def iterate(
     return row, packs
 
 
-def rescore_s(training: Training, packs: Sequence[Any]) -> float:
+def rescore_s(training: Training, packs: Sequence[Pack]) -> float:
     """Seconds that scoring the completions by the trainer's kernels takes: what `strict` costs an iteration."""
     device = training.policy.device
     synchronize(device)
@@ -115,9 +117,14 @@ def rescore_s(training: Training, packs: Sequence[Any]) -> float:
     return time.perf_counter() - started
 
 
-def cache_budget(cap_bytes: int | None, memory: Memory) -> int:
-    """Bytes that the engine's cache may take under the cap beside what is held now; 0 is no limit of ours."""
-    if cap_bytes is None or memory.device.type != "cuda":
+def cache_budget(cap_bytes: int | None, training: Training) -> int:
+    """Bytes that the engine's cache may take under the cap beside what is held now, the engine's copy of the adapter
+    and moments that the first update will make; 0 is no limit of ours.
+    """
+    device = training.policy.device
+    if cap_bytes is None or device.type != "cuda":
         return 0
-    held = torch.cuda.memory_reserved(memory.device)
-    return max(1, cap_bytes - held - ENGINE_RESERVE_BYTES)
+    policy = training.policy
+    copied = sum(policy.dtype.itemsize * parameter.numel() for _, parameter in policy.parameters())
+    to_come = copied + moments_to_come(policy, training.update, training.optimizer)
+    return max(1, cap_bytes - torch.cuda.memory_reserved(device) - to_come - ENGINE_RESERVE_BYTES)

@@ -1,14 +1,16 @@
 """transformers + peft on the same shape, the same card, in the same run: what our update's figures are beside.
 
-Its own settings: bf16 weights with dense experts (offline it has no MXFP4 path), flex_attention on a card and eager on
-a CPU, gradient checkpointing, peft's LoRA on the attention projections and, through `target_parameters`, on the
-experts, torch's AdamW on it, and the cross-entropy that the model computes itself when it is given labels. One sequence
-a step; the experts are computed as transformers does by default.
+Its own settings: bf16 weights with dense experts (offline it has no MXFP4 path), gradient checkpointing, peft's LoRA on
+the attention projections and, through `target_parameters`, on the experts, torch's AdamW on it, and the cross-entropy
+that the model computes itself when it is given labels. One sequence a step; the experts are computed as transformers
+does by default. Its attention is eager, which it takes for gpt-oss unless told otherwise, and on a card flex_attention
+too, the fastest it has.
 
 Another peer is a function `package.module:name` called as name(shape, tokens, device=, seconds=, rank=, targets=) that
 yields rows as `transformers_rows` does. What a peer raises becomes the row's "error".
 """
 
+import itertools
 import statistics
 import time
 import warnings
@@ -44,18 +46,19 @@ def transformers_rows(
 
     deadline = time.monotonic() + seconds
     system = f"transformers {transformers.__version__} + peft {peft.__version__}"
-    attention = "flex_attention" if device.type == "cuda" else "eager"
+    attentions = ("eager", "flex_attention") if device.type == "cuda" else ("eager",)
     for target in targets:
-        about = {"system": system, "lora": rank, "targets": target, "dense": "full", "optimizer": "adamw"}
+        about = {"lora": rank, "targets": target, "dense": "full", "optimizer": "adamw"}
         about |= {"mode": "sequence", "cap_bytes": None}
         model: Any = None
-        for length in tokens:
-            row: Row = about | {"tokens": length}
+        for length, attention in itertools.product(tokens, attentions):
+            row: Row = {"system": f"{system}, {attention}", **about, "tokens": length}
             try:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"not measured: the peers' {seconds:.0f} s were over")
                 if model is None:
-                    model = adapted(shape, target, rank=rank, attention=attention, device=device)
+                    model = adapted(shape, target, rank=rank, device=device)
+                model.set_attn_implementation(attention)
                 experts = model.config._experts_implementation
                 row["setting"] = f"bf16, {experts} experts, {attention}, checkpointing, its own cross-entropy"
                 row |= measured(model, length, vocabulary=shape.vocabulary, device=device)
@@ -67,12 +70,11 @@ def transformers_rows(
         free_memory()
 
 
-def adapted(shape: Shape, target: str, *, rank: int, attention: str, device: torch.device) -> Any:
+def adapted(shape: Shape, target: str, *, rank: int, device: torch.device) -> Any:
     """transformers' model with peft's adapter, ready to train."""
     from peft import LoraConfig, get_peft_model
 
     model = transformers_model(shape, device=device)
-    model.set_attn_implementation(attention)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

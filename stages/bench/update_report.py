@@ -34,7 +34,9 @@ ROW_COLUMNS = (
     "system", "mode", "tokens", "LoRA", "tokens/s", "forward", "backward", "optimizer",
     "of floor", "GB", "allocated", "driver", "cap", "bar",
 )  # fmt: skip
-ITERATION_COLUMNS = ("iteration", "LoRA", "s", "rollout", "reward", "update", "strict", "tokens/s", "GB", "cap", "bar")
+ITERATION_COLUMNS = (
+    "iteration", "LoRA", "s", "rollout", "reward", "update", "strict", "tokens/s", "GB", "driver", "cap", "bar",
+)  # fmt: skip
 
 
 def lines_of(body: Row) -> Iterator[str]:
@@ -43,7 +45,8 @@ def lines_of(body: Row) -> Iterator[str]:
     yield f"{shape}, {body['dtype']}, synthetic weights, on {body['gpu']}"
     yield (
         f"the floor is at {body['reference_tflops']:.0f} TFLOP/s with every layer computed forward twice and backward "
-        "once; forward, backward and optimizer are milliseconds of a step"
+        "once; forward, backward and optimizer are milliseconds of a step; GB is what PyTorch reserved at most, as a "
+        "cap caps it, driver all that was in use"
     )
     if rows:
         yield from table_lines(ROW_COLUMNS, [cells_of(row, shape) for row in rows], words=2)
@@ -81,7 +84,8 @@ def cells_of(row: Row, shape: str) -> Sequence[str]:
         f"{row['tokens_per_s']:,.0f}",
         *(f"{row[name]:.1f}" if name in row else "" for name in ("forward_ms", "backward_ms", "optimizer_ms")),
         f"{row['floor_share']:.1%}",
-        *(gigabytes(row[name]) if row.get(name) else "" for name in ("peak_bytes", "allocated_bytes", "driver_bytes")),
+        gigabytes(reserved(row)) if reserved(row) else "",
+        *(gigabytes(row[name]) if row.get(name) else "" for name in ("allocated_bytes", "driver_bytes")),
         gigabytes(row["cap_bytes"]) if row.get("cap_bytes") else "none",
         bar_words(row, shape),
     )
@@ -94,13 +98,18 @@ def bar_words(row: Row, shape: str) -> str:
     words, tokens, both = [], row["tokens"], row["targets"] != "attention"
     if shape == MODEL and tokens in SPEED and both:
         words.append(verdict(row["tokens_per_s"], SPEED[tokens], lora=False))
-        words.append(under(row["peak_bytes"], SPEED_BYTES))
+        words.append(under(reserved(row), SPEED_BYTES))
         if row.get("cap_bytes"):
             words.append(f"{'reaches' if row['tokens_per_s'] >= CAPPED_SPEED else 'BELOW'} {CAPPED_SPEED:,} capped")
     limit = (LENGTH_BYTES if both else ATTENTION_BYTES).get(shape, {}).get(tokens)
     if limit:
-        words.append(under(row["peak_bytes"], limit))
+        words.append(under(reserved(row), limit))
     return ", ".join(words)
+
+
+def reserved(row: Row) -> int:
+    """What PyTorch's allocator reserved at most, which the bars are about; peak_bytes where a row has only that."""
+    return int(row.get("reserved_bytes") or row.get("peak_bytes") or 0)
 
 
 def under(count: float, limit: float) -> str:
@@ -111,12 +120,12 @@ def slopes(rows: Sequence[Row]) -> Iterator[str]:
     """How our peak grows from one length to the next: linear memory shows as equal slopes."""
     curves: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["system"] == "flexsink" and row.get("peak_bytes"):
+        if row["system"] == "flexsink" and reserved(row):
             curves.setdefault((row["mode"], lora_of(row)), []).append(row)
     for (mode, lora), found in curves.items():
         steps = []
         for before, after in itertools.pairwise(found):
-            bytes_more, tokens_more = (after[name] - before[name] for name in ("peak_bytes", "tokens"))
+            bytes_more, tokens_more = reserved(after) - reserved(before), after["tokens"] - before["tokens"]
             if tokens_more > 0:
                 words = f"from {before['tokens']} to {after['tokens']}"
                 steps.append(f"{bytes_more / tokens_more / 1e3:.1f} kB a token {words}")
@@ -144,7 +153,7 @@ def longest_words(row: Row) -> str:
     if "error" in row:
         return str(row["error"])
     cap = f"under {gigabytes(row['cap_bytes'])} GB" if row.get("cap_bytes") else "uncapped"
-    figures = f"{row['tokens_per_s']:,.0f} tokens/s, {gigabytes(row['peak_bytes'])} GB"
+    figures = f"{row['tokens_per_s']:,.0f} tokens/s, {gigabytes(reserved(row))} GB"
     return f"{row['tokens']} tokens {cap}, {figures}; {row['reason']}"
 
 
@@ -158,7 +167,7 @@ def iteration_cells(row: Row, shape: str) -> Sequence[str]:
         *begin,
         *(f"{row[name]:.2f}" for name in seconds),
         f"{row['rollout_tokens_per_s']:,.0f}",
-        gigabytes(row["peak_bytes"]) if row["peak_bytes"] else "",
+        *(gigabytes(count) if count else "" for count in (reserved(row), row.get("driver_bytes", 0))),
         gigabytes(row["cap_bytes"]) if row.get("cap_bytes") else "none",
         ", ".join([*([] if row["warm"] else ["first run"]), *iteration_bars(row, shape)]),
     )
@@ -171,8 +180,8 @@ def iteration_bars(row: Row, shape: str) -> Iterator[str]:
     tokens = row["new_tokens"]
     if tokens in ITERATION_S:
         yield f"{'under' if row['iteration_s'] < ITERATION_S[tokens] else 'OVER'} {ITERATION_S[tokens]:g} s"
-    if tokens in ITERATION_BYTES and row["peak_bytes"]:
-        yield under(row["peak_bytes"], NF4_BYTES if row["dense"] == "nf4" else ITERATION_BYTES[tokens])
+    if tokens in ITERATION_BYTES and reserved(row):
+        yield under(reserved(row), NF4_BYTES if row["dense"] == "nf4" else ITERATION_BYTES[tokens])
 
 
 def agreement_lines(rows: Sequence[Row]) -> Iterator[str]:

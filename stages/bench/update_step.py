@@ -1,64 +1,26 @@
 """One optimizer step of the project's own trainer, on a synthetic policy, and how long its parts take on the device."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.bench.rollouts import draw_prompts
 from stages.bench.update_cases import Layout
-from stages.config import RunConfig, UpdateConfig, replace
+from stages.config import RunConfig, replace
 from stages.engine import Completion, Request, SamplingParams
-from stages.grpo import advantages
+from stages.grpo import LossInputs, StepTotals, advantages, policy_loss
 from stages.model.policy import Policy
 from stages.model.shapes import Shape
 from stages.model.synthetic import LORA_ALPHA_PER_RANK, synthetic_policy
+from stages.trainer import LayerStore, Pack, Sample, completion_logprobs
+from stages.trainer.optimizer import make_optimizer
+from stages.trainer.plan import Plan, plan_update
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Trainer(NamedTuple):
-    """What the benchmark calls of the trainer; a test may hand in another."""
-
-    sample: Callable[..., Any]  # stages.trainer.Sample
-    pack: Callable[..., Sequence[Any]]  # (samples, pack_tokens)
-    completion_logprobs: Callable[..., Any]  # (policy, pack, temperature=, store=, replay_routes=, routes=, plan=)
-    plan: Callable[..., Any]  # (policy, tokens, optimizer=, budget_bytes=)
-    store: Callable[..., Any]  # of a device; what keeps the layers' inputs from one step to the next
-    make_optimizer: Callable[..., torch.optim.Optimizer]  # (policy, update)
-    policy_loss: Callable[..., tuple[Tensor, Any]]  # (policy_logprobs, inputs, totals, update)
-    inputs: Callable[..., Any]  # stages.grpo.LossInputs
-    totals: Callable[..., Any]  # stages.grpo.StepTotals
-    config: Callable[..., UpdateConfig]  # the section of these keys
-
-
-def own_trainer() -> Trainer:
-    """The project's."""
-    from stages.grpo import LossInputs, StepTotals, policy_loss
-    from stages.trainer import LayerStore, Sample, completion_logprobs, deal_packs
-    from stages.trainer.optimizer import make_optimizer
-    from stages.trainer.plan import plan_update
-
-    return Trainer(
-        sample=Sample,
-        pack=deal_packs,
-        completion_logprobs=completion_logprobs,
-        plan=plan_update,
-        store=LayerStore,
-        make_optimizer=make_optimizer,
-        policy_loss=policy_loss,
-        inputs=LossInputs,
-        totals=StepTotals,
-        config=update_config,
-    )
-
-
-def update_config(**values: Any) -> UpdateConfig:
-    """The update section with these keys, checked as any other; UserError for what it does not know."""
-    return replace(RunConfig(), "update", **values).update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,31 +80,35 @@ def open_policy(setting: Setting, *, device: torch.device) -> Policy:
 class Training:
     """A policy, its optimizer, and the steps they take together."""
 
-    def __init__(self, policy: Policy, setting: Setting, trainer: Trainer, *, memory_bytes: int = 0) -> None:
-        """memory_bytes: that an update may take of the card; 0 is all."""
-        self.policy, self.trainer = policy, trainer
-        self.update = trainer.config(
+    def __init__(self, policy: Policy, setting: Setting, *, memory_bytes: int = 0) -> None:
+        """memory_bytes: that an update may take of the card; 0 is all. Raises UserError for a loss or an optimizer that
+        the config does not know.
+        """
+        self.policy = policy
+        self.update = replace(
+            RunConfig(),
+            "update",
             loss=setting.loss,
             learning_rate=setting.learning_rate,
             lora_rank=setting.rank,
             lora_alpha=LORA_ALPHA_PER_RANK * setting.rank,
             optimizer=setting.optimizer,
             memory_bytes=memory_bytes,
-        )
-        self.optimizer = trainer.make_optimizer(policy, self.update)
+        ).update
+        self.optimizer = make_optimizer(policy, self.update)
         self._parameters = [parameter for _, parameter in policy.parameters()]
-        self._store = trainer.store(policy.device)
-        self._plans: dict[int, Any] = {}
+        self._store = LayerStore(policy.device)
+        self._plans: dict[int, Plan] = {}
 
     def logprobs(
-        self, pack: Any, *, grad: bool, replay_routes: bool = False, routes: list[Tensor] | None = None
+        self, pack: Pack, *, grad: bool, replay_routes: bool = False, routes: list[Tensor] | None = None
     ) -> Tensor:
         """float32 [T] of all completion tokens of the pack. replay_routes: by the experts that the samples hold; routes
         takes each layer's choices int64 [T, k].
         """
         plan = self.plan(pack.num_tokens)
         with torch.set_grad_enabled(grad):
-            found: Tensor = self.trainer.completion_logprobs(
+            return completion_logprobs(
                 self.policy,
                 pack,
                 temperature=1.0,
@@ -151,31 +117,27 @@ class Training:
                 routes=routes,
                 plan=plan,
             ).logprobs
-        return found
 
-    def plan(self, tokens: int) -> Any:
+    def plan(self, tokens: int) -> Plan:
         """How packs of so many tokens keep within the budget."""
         if tokens not in self._plans:
-            update = self.update
-            self._plans[tokens] = self.trainer.plan(
-                self.policy, tokens, optimizer=update.optimizer, budget_bytes=update.memory_bytes
-            )
+            self._plans[tokens] = plan_update(self.policy, tokens, update=self.update, optimizer=self.optimizer)
         return self._plans[tokens]
 
     def close(self) -> None:
         """Gives back what is kept from one step to the next, but for the optimizer's state."""
         self.optimizer.zero_grad(set_to_none=True)
         self._store.close()
-        self._store = self.trainer.store(self.policy.device)
+        self._store = LayerStore(self.policy.device)
 
-    def step(self, packs: Sequence[Any], watch: "Stopwatch", *, on_policy: bool) -> None:
+    def step(self, packs: Sequence[Pack], watch: "Stopwatch", *, on_policy: bool) -> None:
         """One optimizer step over all packs; `watch` hears of forward, backward and optimizer.
 
         on_policy: the engine's log-probabilities are taken to be the trainer's own, as random tokens have none.
         """
         samples = [sample for pack in packs for sample in pack.samples]
         lengths = [len(sample.completion_ids) for sample in samples]
-        totals = self.trainer.totals(num_completions=len(samples), num_tokens=sum(lengths), max_new_tokens=max(lengths))
+        totals = StepTotals(num_completions=len(samples), num_tokens=sum(lengths), max_new_tokens=max(lengths))
         watch.start()
         try:
             for pack in packs:
@@ -188,25 +150,23 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         watch.lap("optimizer")
 
-    def _accumulate(self, pack: Any, totals: Any, watch: "Stopwatch", on_policy: bool) -> None:
+    def _accumulate(self, pack: Pack, totals: StepTotals, watch: "Stopwatch", on_policy: bool) -> None:
         """Adds a pack's gradients."""
+        device, samples = self.policy.device, pack.samples
+        engine = torch.tensor([value for sample in samples for value in sample.engine_logprobs], device=device)
+        given = {
+            "advantages": torch.tensor([sample.advantage for sample in samples], device=device),
+            "lengths": torch.tensor([len(sample.completion_ids) for sample in samples], device=device),
+        }
         now = self.logprobs(pack, grad=True)
         watch.lap("forward")
-        loss, _ = self.trainer.policy_loss(now, self._inputs(pack, now, on_policy), totals, self.update)
+        old = now.detach()
+        inputs = LossInputs(
+            old_logprobs=old, engine_logprobs=old if on_policy else engine, reference_logprobs=None, **given
+        )
+        loss, _ = policy_loss(now, inputs, totals, self.update)
         loss.backward()
         watch.lap("backward")
-
-    def _inputs(self, pack: Any, now: Tensor, on_policy: bool) -> Any:
-        old = now.detach()
-        device = old.device
-        engine = [value for sample in pack.samples for value in sample.engine_logprobs]
-        return self.trainer.inputs(
-            old_logprobs=old,
-            engine_logprobs=old if on_policy else torch.tensor(engine, device=device),
-            reference_logprobs=None,
-            advantages=torch.tensor([sample.advantage for sample in pack.samples], device=device),
-            lengths=torch.tensor([len(sample.completion_ids) for sample in pack.samples], device=device),
-        )
 
 
 class Stopwatch:
@@ -266,17 +226,16 @@ def requests(
 
 
 def rewarded(
-    training: Training,
     completions: Sequence[Completion],
     rewards: Sequence[float],
     *,
     group_size: int,
     replay: bool = False,
-) -> list[Any]:
+) -> list[Sample]:
     """The completions as the trainer takes them; replay: with the engine's routes, for it to use again."""
     grouped = torch.tensor(rewards, dtype=torch.float64).view(-1, group_size)
     return [
-        training.trainer.sample(
+        Sample(
             completion_id=completion.completion_id,
             prompt_ids=completion.prompt_ids,
             completion_ids=completion.completion_ids,
@@ -288,7 +247,7 @@ def rewarded(
     ]
 
 
-def random_samples(layout: Layout, make: Callable[..., Any], *, vocabulary: int, seed: int) -> list[Any]:
+def random_samples(layout: Layout, *, vocabulary: int, seed: int) -> list[Sample]:
     """The layout's completions of random tokens, with random advantages whose sum in a group is 0."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -302,7 +261,7 @@ def random_samples(layout: Layout, make: Callable[..., Any], *, vocabulary: int,
         advantages = drawn - drawn.mean() if layout.group_size > 1 else drawn
         for place, advantage in enumerate(advantages.tolist()):
             samples.append(
-                make(
+                Sample(
                     completion_id=f"{group:03d}-{place:03d}",
                     prompt_ids=prompt,
                     completion_ids=draw(layout.completion_tokens),

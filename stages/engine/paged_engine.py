@@ -1,9 +1,10 @@
 """The engine on a GPU: what lives as long as the Engine, and what a run gets from it and gives back.
 
 Lives on: the step (model mathematics over fused weights), the slots' state, the page tables, the captured graphs: small
-things, at addresses that the graphs hold. Belongs to a run: the cache, sized from a budget, given back when the run
-ends, however it ends, so that the update has the card to itself ("standby"). The cache lies in virtual memory whose
-addresses are kept (device_memory.py); where there is none, the graphs go with the cache and are captured again.
+things, at addresses that the graphs hold. Belongs to a run: the cache, sized from a budget, and the step's copy of the
+adapter, given back when the run ends, however it ends, so that the update has the card to itself ("standby"). They lie
+in virtual memory whose addresses are kept (device_memory.py); where there is none, the graphs go with the cache and are
+captured again.
 
 The same code runs on the CPU without graphs, its kernels in Triton's interpreter: for tests.
 """
@@ -86,6 +87,8 @@ class PagedEngine:
 
     def release(self) -> None:
         """Gives the cache back. A run does it itself; what is left is the step, the slots' state and the graphs."""
+        if self._step is not None:
+            self._step.detach()
         if self._cache is None and not self._memory.held_bytes:
             return
         cuda = self.policy.device.type == "cuda"
@@ -116,11 +119,13 @@ class PagedEngine:
         self, requests: Sequence[Request], on_finished: Callable[[Completion], None], on_step: Callable[[int], None]
     ) -> PagedRun:
         self._fit_context(max(pages_needed(request) for request in requests) * PAGE)
-        pages = Pages(requests, num_pages=self._num_pages(requests))
         assert self._step is not None
         assert self._graphs is not None
         assert self._page_table is not None
-        self._step.refresh()
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # the run's memory is not PyTorch's: what its allocator keeps would be lacking
+        self._step.attach(self._memory)
+        pages = Pages(requests, num_pages=self._num_pages(requests))
         slot_routes = None
         if self._routes is not None:
             self._step.routes = []
@@ -129,8 +134,6 @@ class PagedEngine:
         self._graphs.capture_s = 0.0
         self._page_table.zero_()
         self._state.finished.fill_(FULL)
-        if self.policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # the cache's memory is not PyTorch's: what its allocator keeps would be lacking
         sizes = {"max_slots": self.max_slots, "num_pages": pages.num_pages}
         self._cache = PagedCache(self._config, **sizes, dtype=self.policy.dtype, memory=self._memory)
         self.stats.cache_bytes = self._cache.nbytes

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.engine.cache import LayerCache
+from stages.engine.device_memory import CacheMemory
 from stages.engine.graphs import Graphs, bucket_of
 from stages.engine.paged_cache import Copy, PagedCache, Span
 from stages.engine.pages import PAGE, Kept, Pages
@@ -37,7 +38,9 @@ class StepLike(Protocol):
 
     routes: list[Tensor] | None
 
-    def refresh(self) -> None: ...
+    def attach(self, memory: CacheMemory) -> None: ...
+
+    def detach(self) -> None: ...
 
     def embed_and_decode(
         self, rows: Tensor, tokens: Tensor, positions: Tensor, page_table: Tensor, layers: SequenceOf[LayerCache]

@@ -1,16 +1,18 @@
 """The model's mathematics for the GPU engine: a decode step that a CUDA graph can hold, and the prefill of prompts.
 
 A step reads the policy's own weights. The projections of q, k and v become views of one matrix, so that one product
-serves; LoRA's first factors are further rows of it. The adapter is copied in, in the compute dtype, by `refresh`,
-always to the same memory, so that graphs captured before an update sample from the policy after it. The residual
-stream, the router's logits and what the projections give are float32. Every sum has one order, whatever rows are
-computed together: a row's bits do not depend on its company. Experts that are not MXFP4 in the kernels' order are
-computed on every row by every expert (slower, in any dtype).
+serves; LoRA's first factors are further rows of it. The adapter is copied in, in the compute dtype, by `attach`, always
+to the same addresses, so that graphs captured before an update sample from the policy after it; the experts' part of
+the copy, nearly as large as the adapter, lies where the cache does and goes with it. The residual stream, the router's
+logits and what the projections give are float32. Every sum has one order, whatever rows are computed together: a row's
+bits do not depend on its company. Experts that are not MXFP4 in the kernels' order are computed on every row by every
+expert (slower, in any dtype).
 
 Shapes: b rows of a step, T tokens of a prefill, D hidden, H query heads, K key/value heads, C channels, r LoRA rank,
 V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stages.engine.cache import LayerCache
+from stages.engine.device_memory import CacheMemory
 from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, max_split_rows, splits_for
 from stages.kernels.launch import on_hopper
 from stages.kernels.linear import linear, linear_parts
@@ -48,7 +51,7 @@ class Step:
 
     Example:
         step = Step(policy, max_rows=64, max_context=4096)
-        step.refresh()
+        step.attach(memory)
         logits = step.embed_and_decode(rows, tokens, positions, page_table, cache.layers)
     """
 
@@ -60,10 +63,7 @@ class Step:
         decoder = policy.model.model
         self.eps = float(self.config.rms_norm_eps)
         self.top_k = int(self.config.num_experts_per_tok)
-        self.embedding = decoder.embed_tokens.weight
-        if self.embedding.device != policy.device and policy.device.type == "cuda":
-            self.embedding = self.embedding.data.pin_memory()  # kernels read the rows they need over the bus
-            decoder.embed_tokens.weight.data = self.embedding
+        self.embedding = policy.embedding()
         self.layers = [_Layer(layer, self.config, policy.dtype) for layer in decoder.layers]
         self.norms = [layer.input_layernorm.weight for layer in decoder.layers] + [decoder.norm.weight]
         at = torch.arange(max_context, device=policy.device)
@@ -76,6 +76,20 @@ class Step:
         self.workspace = make_workspace(split_rows, heads, channels, max_context, policy.device)
         # A list takes each layer's choices int [b, k] or [T, k]; of a captured step, where every replay puts them.
         self.routes: list[Tensor] | None = None
+
+    def attach(self, memory: CacheMemory) -> None:
+        """Makes ready for a run: takes memory for a copy of the adapter, and copies it as it is now."""
+        sizes = [layer.expert_lora_numel for layer in self.layers]
+        if sum(sizes):
+            flat = memory.zeros("adapter", (sum(sizes),), self.policy.dtype)
+            for layer, part in zip(self.layers, flat.split(sizes), strict=True):
+                layer.place_expert_lora(part)
+        self.refresh()
+
+    def detach(self) -> None:
+        """Forgets the memory that `attach` took, which is about to go back."""
+        for layer in self.layers:
+            layer.place_expert_lora(None)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -225,7 +239,28 @@ class _Layer:
             q, k, v = self._factors
             self.qkv_lora = LoraB(q=q, k=k, v=v, scale=self.lora_scale)
             self.o_lora = torch.empty_like(self._o.b, dtype=dtype)
-        self.packed = packed_experts(self.experts, dtype)
+        self.packed = packed_experts(self.experts)
+        self._expert_lora = _expert_lora_shapes(self.experts) if self.packed is not None else []
+
+    @property
+    def expert_lora_numel(self) -> int:
+        """Numbers in the copy of the experts' adapter."""
+        return sum(math.prod(shape) for shape in self._expert_lora)
+
+    def place_expert_lora(self, flat: Tensor | None) -> None:
+        """Has that copy lie in `flat` [expert_lora_numel], which is all zero; None: nowhere."""
+        if not self._expert_lora:
+            return
+        assert self.packed is not None
+        loras: list[PackedLora | None] = [None, None]
+        if flat is not None:
+            parts = flat.split([math.prod(shape) for shape in self._expert_lora])
+            a1, b1, a2, b2 = (part.view(shape) for part, shape in zip(parts, self._expert_lora, strict=True))
+            loras = [
+                PackedLora(a1, b1, float(self.experts.gate_up_lora.scale)),
+                PackedLora(a2, b2, float(self.experts.down_lora.scale)),
+            ]
+        self.packed = self.packed._replace(gate_up_lora=loras[0], down_lora=loras[1])
 
     def refresh(self) -> None:
         """Copies the adapter; while it is disabled, zeros for its second factors."""
@@ -295,9 +330,9 @@ class _Layer:
         return experts_prefill(normed, indices, weights, self.packed)
 
 
-def packed_experts(experts: Experts, dtype: torch.dtype) -> PackedExperts | None:
-    """A layer's experts as the kernels take them, with room for its adapter; None if they are not MXFP4 or do not fit
-    the kernels' order.
+def packed_experts(experts: Experts) -> PackedExperts | None:
+    """A layer's experts as the kernels take them, without its adapter; None if they are not MXFP4 or do not fit the
+    kernels' order.
     """
     gate_up, down = experts.gate_up, experts.down
     if not isinstance(gate_up, PackedWeight) or not isinstance(down, PackedWeight):
@@ -305,27 +340,29 @@ def packed_experts(experts: Experts, dtype: torch.dtype) -> PackedExperts | None
     relaid = gate_up.relaid(), down.relaid()
     if relaid[0] is None or relaid[1] is None:
         return None
-    loras: list[PackedLora | None] = [None, None]
-    if experts.gate_up_lora is not None and experts.down_lora is not None:
-        for index, lora in enumerate((experts.gate_up_lora, experts.down_lora)):
-            num_experts, rank, inputs = lora.a.shape
-            padded = -(-rank // RANK_TILE) * RANK_TILE
-            loras[index] = PackedLora(
-                a=torch.zeros(num_experts, padded, inputs, dtype=dtype, device=lora.a.device),
-                b=torch.zeros(num_experts, lora.b.shape[1], padded, dtype=dtype, device=lora.a.device),
-                scale=float(lora.scale),
-            )
     rows = stored_rows(gate_up.out_features, interleaved=True, device=gate_up.bias.device)
     return PackedExperts(
         gate_up=relaid[0],
         down=relaid[1],
         gate_up_bias=gate_up.bias[:, rows].float().contiguous(),
         down_bias=down.bias.float().contiguous(),
-        gate_up_lora=loras[0],
-        down_lora=loras[1],
+        gate_up_lora=None,
+        down_lora=None,
         alpha=experts.alpha,
         limit=experts.limit,
     )
+
+
+def _expert_lora_shapes(experts: Experts) -> list[tuple[int, ...]]:
+    """Of the factors A and B of gate_up and of down, in the kernels' order; none without an adapter there."""
+    if experts.gate_up_lora is None or experts.down_lora is None:
+        return []
+    shapes: list[tuple[int, ...]] = []
+    for lora in (experts.gate_up_lora, experts.down_lora):
+        num_experts, rank, inputs = lora.a.shape
+        padded = -(-rank // RANK_TILE) * RANK_TILE
+        shapes += [(num_experts, padded, inputs), (num_experts, lora.b.shape[1], padded)]
+    return shapes
 
 
 def _base(module: Any) -> Any:

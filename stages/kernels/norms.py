@@ -14,6 +14,18 @@ from torch.nn import functional as F
 from stages.kernels.launch import launch_options, power_of_two
 
 
+def embed(embedding: Tensor, tokens: Tensor) -> Tensor:
+    """Rows [n, D] of the embedding [V, D], which lies on the card or in pinned memory, for tokens int64 [n] on the
+    card.
+    """
+    from stages.kernels.triton_experts import gather_kernel
+
+    width = embedding.shape[1]
+    out = torch.empty(len(tokens), width, dtype=embedding.dtype, device=tokens.device)
+    gather_kernel[(len(tokens),)](embedding, tokens, out, width, TOPK=1, K=width, BLOCK=1024, num_warps=4)
+    return out
+
+
 def embed_norm(
     embedding: Tensor,
     tokens: Tensor,

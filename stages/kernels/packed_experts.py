@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.kernels.launch import asm, launch_options
+from stages.kernels.launch import aligned_rows, asm, launch_options
 from stages.kernels.routing import Routing
 
 ROWS = 16  # of a tile of weights, the least a program works on
@@ -177,7 +177,7 @@ def dequantize(
 ) -> Tensor:
     """The matrices [E, M, K + room], or those of some experts, in the checkpoint's order of rows unless stored_order.
 
-    The last `room` columns are not written.
+    The last `room` columns are not written. Rows may lie further apart than they are long.
     """
     from stages.kernels.triton_experts import dequantize_kernel
 
@@ -185,10 +185,11 @@ def dequantize(
     if experts is not None:
         words, scales = words[experts], scales[experts]
     _, rows, inputs = relaid.shape
-    out = torch.empty(words.shape[0], rows, inputs + room, dtype=dtype, device=words.device)
+    like = torch.empty(0, dtype=dtype, device=words.device)
+    out = aligned_rows(words.shape[0], rows, inputs + room, like=like)
     blocks = inputs // 256 + inputs % 256 // 64
     dequantize_kernel[(words.shape[0] * rows // ROWS, blocks)](
-        words, scales, out, inputs + room, K=inputs, M=rows,
+        words, scales, out, out.stride(1), K=inputs, M=rows,
         INTERLEAVED=relaid.interleaved and not stored_order, ASM=asm(out), num_warps=1,
     )  # fmt: skip
     return out

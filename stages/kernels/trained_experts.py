@@ -2,10 +2,10 @@
 and of factored LoRA. The frozen weights have none.
 
 Tokens and experts are taken some at a time (Tiling); only those experts' matrices are unpacked, and unpacked again in
-backward. With all experts at once nothing waits for the card. Of a layer nothing is kept but its input: backward
-computes gate_up again, and of down only what leads back, since a routing weight's gradient is that of SwiGLU's output
-times that output. LoRA rides in the frozen product: B stands in further columns of the unpacked matrix, A x in further
-columns of its rows, so that both sums are one, in float32.
+backward. With all experts at once nothing waits for the card. Of a layer nothing is kept but its input, and gate_up's
+output where there is room: backward computes that again otherwise, and of down only what leads back, since a routing
+weight's gradient is that of SwiGLU's output times that output. LoRA rides in the frozen product: B stands in further
+columns of the unpacked matrix, A x in further columns of its rows, so that both sums are one, in float32.
 
 Shapes as in the package's docstring, n rows of assigned tokens, R LoRA rank filled up to a multiple of 8.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.kernels.experts import Lora
-from stages.kernels.launch import slices
+from stages.kernels.launch import aligned_rows, slices
 from stages.kernels.packed_experts import Relaid, dequantize, stored_rows
 from stages.kernels.routing import Sorted, sort_by_expert
 
@@ -69,12 +69,13 @@ def trained_experts(
     down_lora: Lora | None,
     tiling: Tiling = ALL_AT_ONCE,
     only_backward: bool = False,
+    keep: bool = False,
 ) -> Tensor:
     """The weighted sum float32 [N, D] of each token's chosen experts.
 
     hidden [N, D] in the compute dtype; indices int64 [N, k]; weights float32 [N, k]; either both LoRAs or none.
     only_backward: the result is not computed and has no memory; for a checkpointed layer, whose backward needs the
-    graph alone.
+    graph alone. keep: gate_up's output, k * 2F numbers a token, stays until backward.
     """
     factors: tuple[Tensor | None, ...] = (None, None, None, None)
     scales = (0.0, 0.0)
@@ -82,21 +83,22 @@ def trained_experts(
         factors = (gate_up_lora.a, gate_up_lora.b, down_lora.a, down_lora.b)
         scales = (gate_up_lora.scale, down_lora.scale)
     hidden, indices, weights = hidden.contiguous(), indices.contiguous(), weights.contiguous()
-    out: Tensor = _TrainedExperts.apply(hidden, indices, weights, frozen, scales, tiling, only_backward, *factors)
+    out: Tensor = _TrainedExperts.apply(hidden, indices, weights, frozen, scales, tiling, only_backward, keep, *factors)
     return out
 
 
 class _TrainedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, indices, weights, frozen, scales, tiling, only_backward, *factors):
+    def forward(ctx, hidden, indices, weights, frozen, scales, tiling, only_backward, keep, *factors):
         ctx.save_for_backward(hidden, indices, weights, *factors)
         ctx.frozen, ctx.scales, ctx.tiling = frozen, scales, tiling
+        ctx.inners = [] if keep else None
         out = torch.empty((), dtype=torch.float32, device=hidden.device).expand(hidden.shape)
         if not only_backward:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
             layer = _Layer(frozen, scales, factors, hidden.dtype, tiling.experts)
             for rows in slices(hidden.shape[0], tiling.rows):
-                layer.forward(hidden[rows], indices[rows], weights[rows], out[rows])
+                layer.forward(hidden[rows], indices[rows], weights[rows], out[rows], ctx.inners)
         return out
 
     @staticmethod
@@ -104,11 +106,12 @@ class _TrainedExperts(torch.autograd.Function):
         hidden, indices, weights, *factors = ctx.saved_tensors
         layer = _Layer(ctx.frozen, ctx.scales, tuple(factors), hidden.dtype, ctx.tiling.experts)
         grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(weights)
+        if ctx.inners is not None:
+            ctx.inners.reverse()
         for rows in slices(hidden.shape[0], ctx.tiling.rows):
-            layer.backward(
-                hidden[rows], indices[rows], weights[rows], grad[rows], grad_hidden[rows], grad_weights[rows]
-            )
-        return grad_hidden, None, grad_weights, None, None, None, None, *layer.factor_grads()
+            given = hidden[rows], indices[rows], weights[rows], grad[rows]
+            layer.backward(*given, grad_hidden[rows], grad_weights[rows], ctx.inners)
+        return grad_hidden, None, grad_weights, None, None, None, None, None, *layer.factor_grads()
 
 
 class _Chunk:
@@ -166,8 +169,9 @@ class _Projection:
         out = dequantize(self.weight, self.dtype, experts=experts, stored_order=True, room=self.room)
         if self.b is not None:
             factor = self.b[experts] if self.rows is None else self.b[experts][:, self.rows]
-            out[:, :, self.inputs + self.rank :] = 0
-            out[:, :, self.inputs : self.inputs + self.rank] = factor * self.scale
+            torch.mul(factor, self.scale, out=out[:, :, self.inputs : self.inputs + self.rank])
+            if self.room > self.rank:
+                out[:, :, self.inputs + self.rank :] = 0
         return out
 
     def first_factors(self, experts: slice) -> Tensor:
@@ -185,19 +189,18 @@ class _Projection:
         """Adds to the factors' gradients: of rows [n, K + R], grad_out [n, M] as stored and grad_inner [n, R]."""
         of_a = _outer(grad_inner, rows[:, : self.inputs], chunk)[:, : self.rank]
         of_b = _outer(grad_out, rows[:, self.inputs :], chunk)[..., : self.rank]
-        self.grad_a = self._added(self.grad_a, of_a.float(), chunk)
-        of_b = of_b.float() * self.scale
+        self.grad_a = self._added(self.grad_a, of_a, chunk)
+        of_b = of_b * self.scale
         if self.rows is not None:
             of_b = torch.empty_like(of_b).index_copy_(1, self.rows, of_b)
         self.grad_b = self._added(self.grad_b, of_b, chunk)
 
     def _added(self, total: Tensor | None, part: Tensor, chunk: _Chunk) -> Tensor:
-        """The sum float32 [E, ...] with the part [G, ...] of the chunk's experts."""
-        if total is None:
-            num_experts = self.weight.shape[0]
-            if len(part) == num_experts:
-                return part
-            total = part.new_zeros(num_experts, *part.shape[1:])
+        """The sum with the part [G, ...] of the chunk's experts: float32 [E, ...] as soon as there are two."""
+        num_experts = self.weight.shape[0]
+        if total is None and len(part) == num_experts:
+            return part
+        total = part.new_zeros(num_experts, *part.shape[1:], dtype=torch.float32) if total is None else total.float()
         total[chunk.experts] += part
         return total
 
@@ -227,31 +230,45 @@ class _Layer:
             None if grad is None else grad.to(factor.dtype) for grad, factor in zip(grads, self.factors, strict=True)
         )
 
-    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Writes out float32 [N, D]."""
+    def forward(
+        self, hidden: Tensor, indices: Tensor, weights: Tensor, out: Tensor, inners: list[Tensor] | None
+    ) -> None:
+        """Writes out float32 [N, D]; adds gate_up's outputs to `inners`."""
         from stages.kernels.triton_experts import combine_kernel
 
         top_k, width = indices.shape[1], out.shape[1]
         order = sort_by_expert(indices, self.gate_up.weight.shape[0])
-        parts = []
+        outputs: Tensor | None = None
         for chunk in _chunks(order, self.at_once):
             rows = self._rows(hidden, order, chunk, top_k)
             inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
             del rows
             activations = self._swiglu(inner, order, chunk)
+            if inners is not None:
+                inners.append(inner)
             del inner
-            parts.append(_grouped(activations, self.down.matrices(chunk.experts), chunk))
+            part = _grouped(activations, self.down.matrices(chunk.experts), chunk)
             del activations
-        outputs = parts[0] if len(parts) == 1 else torch.cat(parts)
+            outputs = _joined(outputs, part, chunk, order)
+            del part
         combine_kernel[(out.shape[0], -(-width // 1024))](
             outputs, order.places, indices, weights, self.frozen.down_bias, out,
             D=width, TOPK=top_k, BLOCK=1024, num_warps=4,
         )  # fmt: skip
 
     def backward(
-        self, hidden: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, grad_hidden: Tensor, grad_weights: Tensor
+        self,
+        hidden: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        grad: Tensor,
+        grad_hidden: Tensor,
+        grad_weights: Tensor,
+        inners: list[Tensor] | None,
     ) -> None:
-        """Writes grad_hidden [N, D] and grad_weights [N, k]; adds to the factors' gradients."""
+        """Writes grad_hidden [N, D] and grad_weights [N, k]; adds to the factors' gradients. gate_up's outputs, if they
+        were kept, are taken from the end of `inners`.
+        """
         from stages.kernels.triton_experts import sum_kernel
 
         num_rows, top_k = indices.shape
@@ -259,7 +276,8 @@ class _Layer:
         grad = grad.to(self.dtype).contiguous()
         routing = weights.reshape(-1)[order.assigned]
         of_routing = torch.empty_like(routing)
-        parts: list[tuple[Tensor, Tensor | None]] = []
+        of_rows: Tensor | None = None
+        more: Tensor | None = None
         for chunk in _chunks(order, self.at_once):
             of_out = _gathered(grad, order.assigned[chunk.where], top_k)
             of_activations = _grouped_back(of_out, self.down.matrices(chunk.experts), chunk)
@@ -267,7 +285,7 @@ class _Layer:
             through = self._through_first_factors(self.down, of_second, chunk)
             rows = self._rows(hidden, order, chunk, top_k)
             matrices = self.gate_up.matrices(chunk.experts)
-            inner = _grouped(rows, matrices, chunk)
+            inner = inners.pop() if inners else _grouped(rows, matrices, chunk)
             share = routing[chunk.where]
             activations = self._swiglu_backward(
                 inner, of_activations, through, of_out, share, of_routing[chunk.where], order, chunk
@@ -278,17 +296,18 @@ class _Layer:
                 activations[:, self.down.inputs :] *= share[:, None]
                 self.down.add_grads(activations, of_out, of_second * share[:, None].to(of_second.dtype), chunk)
             del activations, of_activations, of_second, of_out
-            of_rows = _grouped_back(inner, matrices, chunk)
+            part = _grouped_back(inner, matrices, chunk)
             del matrices
-            of_first = of_rows[:, self.gate_up.inputs :]
+            of_first = part[:, self.gate_up.inputs :]
             if self.gate_up.room:
                 self.gate_up.add_grads(rows, inner, of_first, chunk)
             del rows, inner
-            parts.append((of_rows, self._through_first_factors(self.gate_up, of_first, chunk)))
-        of_rows = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
-        more = parts[0][1]
-        if len(parts) > 1 and more is not None:
-            more = torch.cat([part for _, part in parts if part is not None])
+            through = self._through_first_factors(self.gate_up, of_first, chunk)
+            of_rows = _joined(of_rows, part, chunk, order)
+            if through is not None:
+                more = _joined(more, through, chunk, order)
+            del part, of_first, through
+        assert of_rows is not None, "there is no token without an expert"
         sum_kernel[(num_rows, -(-hidden.shape[1] // 1024))](
             of_rows, of_rows.stride(0), of_rows if more is None else more, order.places, grad_hidden,
             D=hidden.shape[1], TOPK=top_k, MORE=more is not None, BLOCK=1024, num_warps=4,
@@ -307,7 +326,7 @@ class _Layer:
 
         out = self._activations(inner)
         swiglu_kernel[(inner.shape[0], -(-self.down.inputs // 1024))](
-            inner, self.frozen.gate_up_bias, order.owner[chunk.where], out, out.shape[1], self.frozen.alpha,
+            inner, self.frozen.gate_up_bias, order.owner[chunk.where], out, out.stride(0), self.frozen.alpha,
             self.frozen.limit, M=inner.shape[1], BLOCK=1024, num_warps=4,
         )  # fmt: skip
         self.down.extend(out, chunk)
@@ -330,14 +349,14 @@ class _Layer:
         out = self._activations(inner)
         swiglu_backward_kernel[(inner.shape[0],)](
             inner, self.frozen.gate_up_bias, order.owner[chunk.where], grad, grad.stride(0),
-            grad if more is None else more, routing, out, out.shape[1], grad_out, self.frozen.down_bias, of_routing,
+            grad if more is None else more, routing, out, out.stride(0), grad_out, self.frozen.down_bias, of_routing,
             self.frozen.alpha, self.frozen.limit,
             M=inner.shape[1], D=grad_out.shape[1], MORE=more is not None, BLOCK=1024, num_warps=4,
         )  # fmt: skip
         return out
 
     def _activations(self, inner: Tensor) -> Tensor:
-        return inner.new_empty(inner.shape[0], self.down.inputs + self.down.room)
+        return aligned_rows(inner.shape[0], self.down.inputs + self.down.room, like=inner)
 
     def _through_first_factors(self, projection: _Projection, of_inner: Tensor, chunk: _Chunk) -> Tensor | None:
         """What reaches rows [n, K] through A, of the gradient [n, R] of A x."""
@@ -351,13 +370,24 @@ def _stored_rows(num_rows: int, device: torch.device) -> Tensor:
     return stored_rows(num_rows, interleaved=True, device=device)
 
 
+def _joined(whole: Tensor | None, part: Tensor, chunk: _Chunk, order: Sorted) -> Tensor:
+    """All assignments' rows, the chunk's part among them; the part itself where it is all."""
+    count = len(order.owner)
+    if len(part) == count:
+        return part
+    if whole is None:
+        whole = part.new_empty(count, part.shape[1])
+    whole[chunk.where] = part
+    return whole
+
+
 def _gathered(x: Tensor, assigned: Tensor, top_k: int, *, room: int = 0) -> Tensor:
     """The tokens' rows [n, K + room] of x [N, K] for these assignments; the last columns are not written."""
     from stages.kernels.triton_experts import gather_kernel
 
     width = x.shape[1]
-    out = x.new_empty(len(assigned), width + room)
-    gather_kernel[(len(assigned),)](x, assigned, out, out.shape[1], TOPK=top_k, K=width, BLOCK=1024, num_warps=4)
+    out = aligned_rows(len(assigned), width + room, like=x)
+    gather_kernel[(len(assigned),)](x, assigned, out, out.stride(0), TOPK=top_k, K=width, BLOCK=1024, num_warps=4)
     return out
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.config import UserError
 
 HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
+PUBLISHED = {"openai/gpt-oss-20b": 16, "openai/gpt-oss-120b": 80}  # the GB of a GPU that trains it
 
 
 def locate(source: str) -> Path:
@@ -32,6 +33,11 @@ def locate(source: str) -> Path:
     if looks_local:
         raise UserError(
             f"no checkpoint folder {source}", "model.source is a folder or a hub id such as openai/gpt-oss-20b"
+        )
+    if source in PUBLISHED and not torch.cuda.is_available():
+        raise UserError(
+            f"{source} needs a GPU of {PUBLISHED[source]} GB or more, and PyTorch sees none",
+            "flexsink doctor looks at this machine; flexsink train tiny needs no GPU",
         )
     from huggingface_hub import snapshot_download
 

@@ -121,6 +121,11 @@ class Experts(nn.Module):
         finally:
             self.fixed_shape = fixed_shape
 
+    @property
+    def trained_by_kernels(self) -> bool:
+        """Whether `trained` goes through the MXFP4 weights as they are; else it is `forward` under autograd."""
+        return isinstance(self.gate_up, PackedWeight) and self.gate_up.in_kernel_order
+
     def trained(
         self,
         hidden: Tensor,
@@ -129,12 +134,14 @@ class Experts(nn.Module):
         *,
         tiling: Tiling = ALL_AT_ONCE,
         only_backward: bool = False,
+        keep: bool = False,
     ) -> Tensor:
         """As `forward`, for training: [N, D], float32 where the weights are in the kernels' order."""
-        if not (isinstance(self.gate_up, PackedWeight) and self.gate_up.in_kernel_order):
+        if not self.trained_by_kernels:
             return self.forward(hidden, indices, weights)
-        assert isinstance(self.down, PackedWeight)
         if self._frozen is None:
+            assert isinstance(self.gate_up, PackedWeight)
+            assert isinstance(self.down, PackedWeight)
             gate_up, down = self.gate_up.relaid(), self.down.relaid()
             assert gate_up is not None
             assert down is not None
@@ -156,6 +163,7 @@ class Experts(nn.Module):
             down_lora=down_lora,
             tiling=tiling,
             only_backward=only_backward,
+            keep=keep,
         )
 
     def _loras(self) -> tuple[Lora | None, Lora | None]:

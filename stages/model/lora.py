@@ -61,7 +61,7 @@ def projection(layer: nn.Module) -> Projection:
     if isinstance(layer, LoraLinear) and layer.adapter_enabled:
         a, b, scale = layer.a, layer.b, layer.scale
     bias = cast("Tensor | None", base.bias)
-    return Projection(functools.partial(dense_weight, base), bias, a, b, scale)
+    return Projection(cast("int", base.out_features), functools.partial(dense_weight, base), bias, a, b, scale)
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dtype: torch.dtype, seed: int) -> None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stages.artifacts import StageContext, StageId, derive
 from stages.config import ModelConfig, UserError
+from stages.kernels.norms import embed
 from stages.model import lora
 from stages.model.checkpoint import TORCH_DTYPES, Checkpoint, digests, locate
 from stages.model.full_weights import FullWeights
@@ -131,8 +133,21 @@ class Policy:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] on the policy's device, wherever the embedding itself lives."""
-        embedding = self.model.model.embed_tokens
-        return embedding(ids.to(embedding.weight.device)).to(self.device)
+        weight = self.embedding()
+        ids = ids.to(self.device)
+        return F.embedding(ids, weight) if self._near(weight) else embed(weight, ids.flatten()).view(*ids.shape, -1)
+
+    def embedding(self) -> Tensor:
+        """The embedding [V, D]: on the policy's device, or where a card's kernels read the rows they need over the bus,
+        in pinned memory.
+        """
+        tokens = self.model.model.embed_tokens
+        if not self._near(tokens.weight) and not tokens.weight.is_pinned():
+            tokens.weight.data = tokens.weight.data.pin_memory()
+        return tokens.weight.data
+
+    def _near(self, weight: Tensor) -> bool:
+        return weight.device.type == self.device.type
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that train: the adapter's, then those of full_weights."""

@@ -19,7 +19,7 @@ SHOWN = (
 
 
 def dependence(contents: Contents) -> str:
-    """How many of the programs that ended ok ignore their input, draw lots, keep state; unknown ones are left out."""
+    """How many programs that ended ok ignore their input, draw random numbers, keep state, of those that are known."""
     rows = contents.iterations
     shown = [each for each in SHOWN if any(_known(row, each[0]) for row in rows)]
     if not shown:

@@ -96,7 +96,7 @@ def inside(contents: Contents) -> str:
         ("Engine against trainer", "KL of their logprobs of the same tokens, in nats per token.", metric("engine_kl")),
         ("Clip fraction", "Share of tokens whose ratio was clipped.", metric("clip_fraction")),
         ("Gradient norm", "Before clipping.", metric("grad_norm")),
-        ("Groups without signal", "Share of groups whose rewards are all equal.", silent),
+        ("Groups with no signal", "Share of groups whose rewards are all equal.", silent),
     ]
     cards = "".join(
         card(

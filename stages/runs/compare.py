@@ -4,14 +4,13 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from stages.artifacts import history
 from stages.artifacts.history import Iteration
 from stages.artifacts.run import RunDir
-from stages.runs.tables import console, printable
+from stages.runs.tables import coloured, console, printable
 
 CLEAR = 2.0  # standard errors from which a change of the mean reward is called one
 LONGEST = 80  # lines of the programs' difference that a terminal is shown; --json has all
@@ -50,7 +49,7 @@ def figures(row: Iteration, outcomes: Sequence[str]) -> dict[str, float]:
     """
     found = {"reward": row.reward}
     found |= {f"reward: {name.replace('_', ' ')}": value for name, value in row.parts.items()}
-    found |= {"spread inside a group": row.spread, "groups without signal": row.silent_groups / max(row.groups, 1)}
+    found |= {"spread inside a group": row.spread, "groups with no signal": row.silent_groups / max(row.groups, 1)}
     found |= {f"share: {name.replace('_', ' ')}": row.outcomes.get(name, 0) / row.completions for name in outcomes}
     for name, counts in row.checks.items():
         known = counts["yes"] + counts["no"]
@@ -106,7 +105,7 @@ def print_compared(found: dict[str, Any]) -> None:
     )
     lines = printable(found["best"]["diff"]).split("\n")
     shown = "\n".join(lines[:LONGEST]) or "nothing"
-    out.print(Syntax(shown, "diff", theme="ansi_dark", background_color="default"))
+    out.print(coloured(shown, "diff"))
     if len(lines) > LONGEST:
         out.print(Text(f"... {len(lines) - LONGEST} more lines", style="dim"))
 

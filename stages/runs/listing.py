@@ -37,6 +37,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """The runs of a folder, newest last; UserError when there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}", "start a run with: flexsink train tiny")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a run, not a folder of runs", f"look at it with: flexsink inspect {folder}")
     found = [listed(path.parent) for path in folder.glob("*/environment.json")]
     return sorted(found, key=lambda row: (row["created"], row["run"]))
 

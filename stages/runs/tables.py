@@ -43,7 +43,7 @@ def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
         if answer["iterations"]:
             out.print(iterations(answer["iterations"], width=out.width))
         if answer["evaluations"]:
-            out.print(evaluations(answer["evaluations"], task))
+            out.print(evaluations(answer["evaluations"], task, width=out.width))
         if not answer["iterations"] and not answer["evaluations"]:
             out.print(f"Nothing has been scored yet; go on with: flexsink resume {run.path}")
     if "iteration" in answer:
@@ -97,7 +97,7 @@ def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
         "iteration",
         "completions",
         "reward",
-        "middle half",
+        "25 to 75 %",
         "spread",
         "ok",
         "no signal",
@@ -106,7 +106,7 @@ def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
         "kl",
     ]
     if width < 118:
-        columns = [name for name in columns if name not in ("middle half", "cut off", "kl")]
+        columns = [name for name in columns if name not in ("25 to 75 %", "cut off", "kl")]
     if width < 100:
         columns.remove("completions")
     table = Table(box=None, header_style="dim", pad_edge=False)
@@ -119,7 +119,7 @@ def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
             "iteration": str(row["index"]),
             "completions": str(row["completions"]),
             "reward": Text.assemble((f"{row['reward']:.2f}", "bold"), (f" \u00b1{row['reward_error']:.2f}", "dim")),
-            "middle half": f"{row['reward_low']:.2f} to {row['reward_high']:.2f}",
+            "25 to 75 %": f"{row['reward_low']:.2f} to {row['reward_high']:.2f}",
             "spread": f"{row['spread']:.2f}",
             "ok": f"{100 * row['outcomes'].get('ok', 0) / row['completions']:.0f} %",
             "no signal": f"{row['silent_groups']} of {row['groups']}",
@@ -132,12 +132,15 @@ def iterations(rows: Iterable[dict[str, Any]], *, width: int = WIDE) -> Table:
     return table
 
 
-def evaluations(rows: Iterable[dict[str, Any]], task: Task) -> Table:
-    """One line per policy or baseline of every evaluation; baselines once, as they are the same each time."""
+def evaluations(rows: Iterable[dict[str, Any]], task: Task, *, width: int = WIDE) -> Table:
+    """One line per policy or baseline of every evaluation; baselines once, as they are the same each time. A narrow
+    terminal gets no counts of programs and cases.
+    """
     table = Table(box=None, header_style="dim", pad_edge=False, title=f"\nheld-out {task.cases}", title_justify="left")
     first, *others = task.figures
     heads = [task.player, first.title, "95 % interval", *(each.short or each.title for each in others)]
-    heads += ["programs", "distinct", task.cases, *([task.tally.title] if task.tally else [])]
+    counts = {"programs": "programs", "distinct": "distinct_programs", task.cases: task.cases} if width >= 100 else {}
+    heads += [*counts, *([task.tally.title] if task.tally else [])]
     for name in heads:
         table.add_column(name, justify="left" if name == task.player else "right", no_wrap=True)
     unique = {(row["kind"], row["name"], row["updates"] if row["kind"] == "policy" else None): row for row in rows}
@@ -152,7 +155,7 @@ def evaluations(rows: Iterable[dict[str, Any]], task: Task) -> Table:
             Text(shown(first, row[first.name]), style="bold"),
             f"{low} to {high}",
             *(shown(each, row[each.name]) for each in others),
-            *(str(row[name]) for name in ("programs", "distinct_programs", task.cases)),
+            *(str(row[name]) for name in counts.values()),
             *map(str, largest),
         )
     return table
@@ -272,11 +275,16 @@ def checked(row: dict[str, Any]) -> str:
     return "depends on " + ", ".join(answers)
 
 
+def coloured(text: str, language: str) -> Syntax:
+    """The text with its syntax coloured, on the terminal's own background; long lines go on below."""
+    return Syntax(text, language, theme="ansi_dark", background_color="default", word_wrap=True)
+
+
 def program(source: str, *, whole: bool) -> RenderableType:
     """The program with its syntax coloured; a long one is cut unless `whole`."""
     lines = printable(source).rstrip("\n").split("\n")
     cut = [] if whole else lines[LONGEST:]
-    shown = Syntax("\n".join(lines[: len(lines) - len(cut)]), "python", theme="ansi_dark", background_color="default")
+    shown = coloured("\n".join(lines[: len(lines) - len(cut)]), "python")
     return Group(shown, Text(f"... {len(cut)} more lines", style="dim")) if cut else shown
 
 
@@ -284,7 +292,7 @@ CHECKS = {
     "depends_on_board": ("other inputs get other answers", "its answers do not depend on what it is given"),
     "depends_on_calls": ("equal inputs get other answers at another call", "equal inputs get equal answers"),
     "depends_on_random": ("random numbers alone make the difference", "random numbers make no difference"),
-    "depends_on_time": ("it may know the time", "it has no clock"),
+    "depends_on_time": ("it may read a clock", "it has no clock"),
 }  # a check's name: what yes means, what no means
 
 
@@ -310,8 +318,8 @@ def dependence(checks: Mapping[str, Mapping[str, int]]) -> str:
     told = []
     for name, answer, words in (
         ("depends_on_board", "no", "ignore their input"),
-        ("depends_on_random", "yes", "draw lots"),
-        ("depends_on_time", "yes", "may know the time"),
+        ("depends_on_random", "yes", "draw random numbers"),
+        ("depends_on_time", "yes", "may read a clock"),
         ("state_kept", "yes", "may keep state"),
     ):
         counts = checks.get(name, {})
@@ -322,7 +330,7 @@ def dependence(checks: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def odd(check: str, value: bool | None) -> bool:
-    """Whether a check's answer is one to look at: a program that ignores its input, or may know the time."""
+    """Whether a check's answer is one to look at: a program that ignores its input, or may read a clock."""
     return (check == "depends_on_board" and value is False) or (check == "depends_on_time" and value is True)
 
 

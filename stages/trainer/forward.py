@@ -2,11 +2,13 @@
 
 The policy's own modules, block by block (a layer is two: attention and experts), on one line of tokens. The residual
 stream is float32 in every dtype, as in the engine's step. On a card each block keeps only what it was given, rounded to
-the compute dtype (offload.py), and the experts that were chosen; it is computed again in backward. Experts in the
-kernels' order are trained through as they are, packed (kernels/trained_experts.py).
+the compute dtype (offload.py), and the experts that were chosen; it is computed again in backward, but for the last
+layers, which the plan lets keep what backward needs. Experts in the kernels' order are trained through as they are,
+packed (kernels/trained_experts.py).
 """
 
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import torch
@@ -43,14 +45,19 @@ class _Line(NamedTuple):
     sin: Tensor
 
 
-class _Block(NamedTuple):
-    """One residual block: stream += run(norm(stream), False), the norm and the result [T, D].
+class _Wanted(Enum):
+    """What running a block is for."""
 
-    run's second argument says that only a graph for backward is wanted, not the values.
-    """
+    VALUES = auto()  # it is computed again in backward
+    GRAPH = auto()  # for backward alone, the values are known
+    BOTH = auto()
+
+
+class _Block(NamedTuple):
+    """One residual block: stream += run(norm(stream), wanted), the norm and the result [T, D]."""
 
     weight: Tensor  # of the norm, [D]
-    run: Callable[[Tensor, bool], Tensor]
+    run: Callable[[Tensor, _Wanted], Tensor]
 
 
 def completion_logprobs(
@@ -86,18 +93,20 @@ def completion_logprobs(
     for index, layer in enumerate(decoder.layers):
         chosen = None if replayed is None else replayed[:, index]
         blocks.append(_attention_block(layer, line))
-        blocks.append(_experts_block(layer, chosen, routes, plan.experts, kept=recompute))
+        blocks.append(_experts_block(layer, chosen, routes, plan.experts))
 
     def embed() -> Tensor:
         return policy.embed(tensors.ids).float()
 
     if recompute:
         hook = torch.empty(0, device=device, requires_grad=True)
-        stream = _Recomputed.apply(hook, embed, blocks, eps, policy.dtype, store or LayerStore(device))
+        store = store or LayerStore(device)
+        stream = _Recomputed.apply(hook, embed, blocks, 2 * plan.kept_layers, eps, policy.dtype, store)
     else:
+        wanted = _Wanted.BOTH if torch.is_grad_enabled() else _Wanted.VALUES
         stream = embed()
         for block in blocks:
-            stream = stream + block.run(rms_norm(stream, block.weight, dtype=policy.dtype, eps=eps), False)
+            stream = stream + block.run(rms_norm(stream, block.weight, dtype=policy.dtype, eps=eps), wanted)
     # an embedding's backward adds rows up in a fixed order
     rows = F.embedding(tensors.predicting, stream)
     hidden = rms_norm(rows, decoder.norm.weight, dtype=policy.dtype, eps=eps)
@@ -108,32 +117,58 @@ def completion_logprobs(
 
 
 class _Recomputed(torch.autograd.Function):
-    """All blocks, of which each one's input alone is kept. Backward takes them one by one and adds the gradients of the
-    adapter to its parameters; none flows to the embedding. `hook` is an empty tensor that wants a gradient, so that
-    there is a backward. The stream's gradient is updated in place.
+    """All blocks, of which each one's input alone is kept, but for the last `kept` blocks, whose graphs stay. Backward
+    takes them one by one and adds the gradients of the adapter to its parameters; none flows to the embedding. `hook`
+    is an empty tensor that wants a gradient, so that there is a backward. The stream's gradient is updated in place.
     """
 
     @staticmethod
-    def forward(ctx, hook, embed, blocks, eps, dtype, store):
+    def forward(ctx, hook, embed, blocks, kept, eps, dtype, store):
         ctx.blocks, ctx.eps, ctx.dtype, ctx.store = blocks, eps, dtype, store
+        ctx.kept = []
+        recomputed = len(blocks) - min(kept, len(blocks))
         stream = embed()
         for index, block in enumerate(blocks):
-            store.put(index, stream.to(dtype, copy=True), num_tensors=len(blocks))
-            stream += block.run(rms_norm(stream, block.weight, dtype=dtype, eps=eps), False)
+            rounded = stream.to(dtype, copy=True)
+            normed = rms_norm(stream, block.weight, dtype=dtype, eps=eps)
+            if index < recomputed:
+                store.put(index, rounded, num_tensors=recomputed)
+                stream += block.run(normed, _Wanted.VALUES)
+                continue
+            with torch.enable_grad():
+                out = block.run(normed.requires_grad_(), _Wanted.BOTH)
+                ctx.kept.append((rounded, normed, _Ending(out)))
+            stream += out.detach()
+            del out
         return stream
 
     @staticmethod
     def backward(ctx, grad):
         for index, block in reversed(list(enumerate(ctx.blocks))):
-            stream = ctx.store.take(index)
-            normed = rms_norm(stream, block.weight, dtype=ctx.dtype, eps=ctx.eps).requires_grad_()
-            with torch.enable_grad():
-                out = block.run(normed, True)
-                end = _Given.apply(out, [grad.to(out.dtype)])
-            del out
-            torch.autograd.backward(end)
+            if ctx.kept:
+                stream, normed, ending = ctx.kept.pop()
+            else:
+                stream = ctx.store.take(index)
+                normed = rms_norm(stream, block.weight, dtype=ctx.dtype, eps=ctx.eps).requires_grad_()
+                with torch.enable_grad():
+                    ending = _Ending(block.run(normed, _Wanted.GRAPH))
+            ending.backward(grad)
             add_rms_norm_grad(stream, block.weight, normed.grad, grad, eps=ctx.eps)
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
+
+
+class _Ending:
+    """The end of a block's graph, without its values."""
+
+    def __init__(self, out: Tensor) -> None:
+        self._dtype = out.dtype
+        self._given: list[Tensor] = []
+        self._end: Tensor = _Given.apply(out, self._given)
+
+    def backward(self, grad: Tensor) -> None:
+        """Goes back from here, `grad` being the gradient of the values."""
+        self._given.append(grad.to(self._dtype))
+        torch.autograd.backward(self._end)
 
 
 class _Given(torch.autograd.Function):
@@ -155,7 +190,7 @@ def _attention_block(layer: Any, line: _Line) -> _Block:
     attention = layer.self_attn
     channels = attention.head_dim
 
-    def run(normed: Tensor, _only_backward: bool) -> Tensor:
+    def run(normed: Tensor, wanted: _Wanted) -> Tensor:
         found = trained_linear(
             normed, [projection(attention.get_submodule(name)) for name in ("q_proj", "k_proj", "v_proj")]
         )
@@ -169,31 +204,38 @@ def _attention_block(layer: Any, line: _Line) -> _Block:
             window=attention.sliding_window,
             groups=line.groups,
         )
-        (out,) = trained_linear(attended.flatten(1), [projection(attention.o_proj)])
+        (out,) = trained_linear(
+            attended.flatten(1), [projection(attention.o_proj)], only_backward=wanted is _Wanted.GRAPH
+        )
         return out
 
     return _Block(layer.input_layernorm.weight, run)
 
 
-def _experts_block(
-    layer: Any, replayed: Tensor | None, routes: list[Tensor] | None, tiling: Tiling, *, kept: bool
-) -> _Block:
-    """replayed: the experts int64 [T, k] to take. kept: those of the first pass are remembered for the next."""
+def _experts_block(layer: Any, replayed: Tensor | None, routes: list[Tensor] | None, tiling: Tiling) -> _Block:
+    """replayed: the experts int64 [T, k] to take."""
     router, experts = layer.mlp.router, layer.mlp.experts
-    remembered: list[Tensor] = []
+    remembered: list[Tensor] = []  # the experts of a first pass, for its second
 
-    def run(normed: Tensor, only_backward: bool) -> Tensor:
+    def run(normed: Tensor, wanted: _Wanted) -> Tensor:
         logits = trained_router_logits(normed, router.weight, router.bias)
-        chosen = remembered.pop().long() if only_backward else replayed
-        if chosen is None or (routes is not None and not only_backward):
+        chosen = remembered.pop().long() if wanted is _Wanted.GRAPH else replayed
+        if chosen is None or (routes is not None and wanted is not _Wanted.GRAPH):
             own = logits.detach().topk(router.top_k, dim=-1).indices
             if routes is not None:
                 routes.append(own)
             chosen = own if chosen is None else chosen
-        if kept and not only_backward:
+        if wanted is _Wanted.VALUES:
             remembered.append(chosen.to(torch.uint8))
         weights = logits.gather(-1, chosen).softmax(-1)
-        out: Tensor = experts.trained(normed, chosen, weights, tiling=tiling, only_backward=only_backward)
+        out: Tensor = experts.trained(
+            normed,
+            chosen,
+            weights,
+            tiling=tiling,
+            only_backward=wanted is _Wanted.GRAPH,
+            keep=wanted is _Wanted.BOTH,
+        )
         return out
 
     return _Block(layer.post_attention_layernorm.weight, run)

@@ -4,6 +4,8 @@ computation. gpt-oss-20b's 48 blocks are given 276 kB a token in 16 bits.
 The host's memory is one piece, pinned as it is: PyTorch's own allocator of pinned memory rounds to powers of two.
 """
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from torch import Tensor
 class LayerStore:
     """Keeps the tensors of one forward pass. `put` in order, `take` in the reverse order.
 
-    On the CPU it keeps the tensors themselves. The host's memory stays pinned for the next pass until `close`.
+    On the CPU it keeps the tensors themselves. The host's memory stays pinned for the next pass until `close`, or
+    until nobody holds the store.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,6 +22,7 @@ class LayerStore:
         self._kept: dict[int, Tensor] = {}
         self._arriving: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self._host: Tensor | None = None
+        self._unpin: weakref.finalize[[torch.device, Tensor], LayerStore] | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def put(self, index: int, tensor: Tensor, *, num_tensors: int) -> None:
@@ -48,10 +52,9 @@ class LayerStore:
         """Gives the host's memory back."""
         self._kept.clear()
         self._arriving.clear()
-        if self._host is not None:
-            torch.cuda.synchronize(self.device)
-            _checked(torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr()))
-            self._host = None
+        if self._unpin is not None:
+            self._unpin()
+        self._host = self._unpin = None
 
     def _fetch(self, index: int) -> None:
         if index in self._arriving:
@@ -76,10 +79,19 @@ class LayerStore:
         if self._host is None or self._host.nbytes < needed:
             assert index == 0, "the tensors differ in size"
             self.close()
-            self._host = torch.empty(needed, dtype=torch.uint8)
-            _checked(torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), needed, 0))
+            host = torch.empty(needed, dtype=torch.uint8)
+            _checked(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), needed, 0))
+            # A store that nobody closed must not leave its pages pinned: whoever is given them next could not pin them.
+            self._unpin = weakref.finalize(self, _unpin, self.device, host)
+            self._unpin.atexit = False
+            self._host = host
         start = index * tensor.nbytes
         return self._host[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
+def _unpin(device: torch.device, host: Tensor) -> None:
+    torch.cuda.synchronize(device)
+    _checked(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))
 
 
 def _checked(error: object) -> None:

@@ -16,6 +16,12 @@ from stages.model.policy import Policy
 EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 
+def moments_to_come(policy: Policy, update: UpdateConfig, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the moments that the optimizer's next step will make; it makes a parameter's with its first."""
+    of_number = 2 if update.optimizer in EIGHT_BIT else 8
+    return sum(of_number * each.numel() for _, each in policy.parameters() if not optimizer.state.get(each))
+
+
 def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.Optimizer:
     """The optimizer update.optimizer names over the policy's parameters, which get gradients from now on.
 
@@ -41,8 +47,36 @@ def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.Optimize
         raise UserError(
             f"update.optimizer={update.optimizer} needs bitsandbytes", "pip install bitsandbytes, or use adamw"
         ) from None
-    made: torch.optim.Optimizer = getattr(bnb.optim, EIGHT_BIT[update.optimizer])(groups, **settings)
+    kind = getattr(bnb.optim, EIGHT_BIT[update.optimizer])
+    if not update.optimizer.startswith("paged"):
+        kind = unwaiting(kind)
+    made: torch.optim.Optimizer = kind(groups, **settings)
     return made
+
+
+def unwaiting(kind: Any) -> Any:
+    """bitsandbytes' optimizer without its wait for the card after each of the adapter's hundreds of tensors, which only
+    paged moments need.
+    """
+
+    class Unwaiting(kind):
+        initialized: bool
+
+        @torch.no_grad()
+        def step(self) -> None:
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for group_index, group in enumerate(self.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, group_index, index)
+                    self.update_step(group, parameter, group_index, index)
+
+    return Unwaiting
 
 
 def make_scaler(policy: Policy) -> torch.amp.GradScaler:

@@ -1,21 +1,24 @@
 """How an update keeps within a card's memory: what is worked on at once, chosen before anything is computed.
 
-What a pass takes beside what is held (weights, adapter, optimizer) is worked out from the shapes: the residual stream
-and its gradient, and the largest of what attention, experts and the vocabulary need while they run. Nothing of it
-grows faster than the pack. Compared with what the card takes in tests/bench/results.
+What a pass takes beside what is held (weights, adapter, optimizer, what the engine left) is worked out from the shapes:
+the residual stream and its gradient, and the largest of what attention, experts and the vocabulary need while they run.
+Nothing of it grows faster than the pack. Of what is left over, the last layers may keep what backward needs, which
+saves computing it again. Compared with what the card takes in tests/bench/results.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from stages.config import UserError
+from stages.config import UpdateConfig, UserError
 from stages.kernels.logprobs import Tile
 from stages.kernels.trained_experts import Tiling
 from stages.model.policy import Policy
+from stages.trainer.optimizer import moments_to_come
 
-RESERVE = 0.3e9  # cuBLAS's workspaces
+RESERVE = 0.3e9  # what graphs keep for their next run and pages that are held for a little
 FRAGMENTS = 1.05  # of what a pass holds, what the allocator needs
+KEPT_SHARE = 0.5  # of what is left over, what layers may keep
 GB = 1e9
 
 
@@ -24,15 +27,17 @@ class Plan(NamedTuple):
 
     experts: Tiling
     vocabulary: Tile
+    kept_layers: int = 0  # the last ones, of which all that backward needs stays on the card
 
 
-# The roomiest that fits is taken.
+# The first that fits is taken, the fastest first.
 PLANS = (
     Plan(Tiling(16_384, 128), Tile(4096, 16_384)),
     Plan(Tiling(16_384, 32), Tile(4096, 8192)),
     Plan(Tiling(8192, 16), Tile(4096, 8192)),
     Plan(Tiling(8192, 8), Tile(2048, 8192)),
-    Plan(Tiling(4096, 8), Tile(2048, 8192)),
+    Plan(Tiling(8192, 4), Tile(2048, 8192)),
+    Plan(Tiling(4096, 4), Tile(2048, 8192)),
     Plan(Tiling(2048, 4), Tile(1024, 8192)),
     Plan(Tiling(1024, 2), Tile(512, 8192)),
 )
@@ -48,17 +53,13 @@ class Sizes(NamedTuple):
     inner: int  # F, of an expert
     experts: int
     top_k: int
-    held: int  # weights on the card, adapter, its gradients and the optimizer's state
+    layers: int  # that can keep their graph: where autograd trains the experts it takes three times as much
+    held: int  # weights on the card, adapter, its gradients and the optimizer's state, and what else is there
     number: int  # of the compute dtype
 
     @classmethod
-    def of(cls, policy: Policy, *, optimizer: str) -> "Sizes":
+    def of(cls, policy: Policy, *, held: int) -> "Sizes":
         config = policy.model.config
-        parameters = [parameter for _, parameter in policy.parameters()]
-        state = 2 if "8bit" in optimizer else 8
-        adapter = sum(parameter.numel() * (2 * parameter.element_size() + state) for parameter in parameters)
-        mine = {id(parameter) for parameter in parameters}
-        weights = [x for x in (*policy.model.parameters(), *policy.model.buffers()) if id(x) not in mine]
         return cls(
             width=config.hidden_size,
             heads=config.num_attention_heads,
@@ -67,7 +68,8 @@ class Sizes(NamedTuple):
             inner=config.intermediate_size,
             experts=config.num_local_experts,
             top_k=config.num_experts_per_tok,
-            held=adapter + sum(x.nbytes for x in weights if x.device == policy.device),
+            layers=sum(layer.mlp.experts.trained_by_kernels for layer in policy.model.model.layers),
+            held=held,
             number=policy.dtype.itemsize,
         )
 
@@ -87,32 +89,50 @@ def needed_bytes(sizes: Sizes, tokens: int, plan: Plan) -> int:
     share = min(1.0, 2 * at_once / sizes.experts)  # of the rows, as experts are not chosen evenly
     experts = at_once * 2 * width * inner * number + int(rows * share * (2 * width + 5 * inner) * number)
     if at_once < sizes.experts:
-        experts += 4 * rows * width * number  # the parts, and all of them in one
+        experts += 2 * rows * width * number  # what the rows' gradients are gathered in
     experts += 3 * tokens * width * number  # the norm's gradient from experts and router, and their sum
     tile = plan.vocabulary
     vocabulary = min(tile.rows, tokens) * (tile.columns * (4 + number) + 3 * 4 * width)
     vocabulary += tokens * width * (8 + 2 * number)
-    return sizes.held + int(FRAGMENTS * max(stream + max(attention, experts), vocabulary) + RESERVE)
+    kept = plan.kept_layers * tokens * kept_layer_bytes(sizes)
+    return sizes.held + int(FRAGMENTS * (max(stream + max(attention, experts), vocabulary) + kept) + RESERVE)
 
 
-def plan_update(policy: Policy, tokens: int, *, optimizer: str, budget_bytes: float = 0) -> Plan:
-    """The roomiest plan by which packs of up to `tokens` tokens stay within the budget; 0 is what no other has
-    of the card.
+def kept_layer_bytes(sizes: Sizes) -> int:
+    """What a layer keeps of one token: of both blocks the input and its norm; queries, keys, values and attention's
+    output; gate_up's output of each chosen expert.
+    """
+    numbers = 4 * sizes.width + 2 * sizes.heads_width + 2 * sizes.keys_width + 2 * sizes.top_k * sizes.inner
+    return numbers * sizes.number + 4 * sizes.heads
+
+
+def held_bytes(policy: Policy, update: UpdateConfig, optimizer: torch.optim.Optimizer) -> int:
+    """What is held of the card while an update runs: what is there now, and the gradients and moments to come."""
+    gradients = sum(parameter.nbytes for _, parameter in policy.parameters() if parameter.grad is None)
+    return torch.cuda.memory_allocated(policy.device) + gradients + moments_to_come(policy, update, optimizer)
+
+
+def plan_update(policy: Policy, tokens: int, *, update: UpdateConfig, optimizer: torch.optim.Optimizer) -> Plan:
+    """The fastest plan by which packs of up to `tokens` tokens stay within update.memory_bytes; 0 is what no other
+    program has of the card.
 
     On a CPU nothing is planned. Raises UserError saying what is needed, and what would fit, when none does.
     """
     if policy.device.type != "cuda":
         return PLANS[0]
+    sizes = Sizes.of(policy, held=held_bytes(policy, update, optimizer))
     free, _ = torch.cuda.mem_get_info(policy.device)
-    budget = budget_bytes or free + torch.cuda.memory_reserved(policy.device)
-    return choose_plan(Sizes.of(policy, optimizer=optimizer), tokens, budget, optimizer=optimizer)
+    budget = update.memory_bytes or free + torch.cuda.memory_reserved(policy.device)
+    return choose_plan(sizes, tokens, budget, optimizer=update.optimizer)
 
 
 def choose_plan(sizes: Sizes, tokens: int, budget_bytes: float, *, optimizer: str = "adamw") -> Plan:
-    """As `plan_update`, of sizes."""
+    """As `plan_update`, of sizes and a budget."""
     for plan in PLANS:
-        if needed_bytes(sizes, tokens, plan) <= budget_bytes:
-            return plan
+        left = budget_bytes - needed_bytes(sizes, tokens, plan)
+        if left >= 0:
+            kept = int(KEPT_SHARE * left / (FRAGMENTS * tokens * kept_layer_bytes(sizes)))
+            return plan._replace(kept_layers=min(kept, sizes.layers))
     least = needed_bytes(sizes, tokens, PLANS[-1])
     fitting = longest_fitting(sizes, budget_bytes)
     hints = []
@@ -125,7 +145,7 @@ def choose_plan(sizes: Sizes, tokens: int, budget_bytes: float, *, optimizer: st
     hints.append("model.dense=nf4, model.offload_embedding=true, or a smaller update.lora_rank")
     raise UserError(
         f"an update of {tokens} tokens at once needs {least / GB:.1f} GB of the card, and it may take "
-        f"{budget_bytes / GB:.1f} GB ({sizes.held / GB:.1f} GB are weights, adapter and optimizer)",
+        f"{budget_bytes / GB:.1f} GB ({sizes.held / GB:.1f} GB are weights, adapter, optimizer and the engine's rest)",
         "what would help: " + "; ".join(hints),
     )
 
