@@ -5,10 +5,11 @@ Exit codes: 0 done; 1 a self-check or a comparison failed; 2 an expected failure
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import stages.bench.command
 import stages.bench.update_command
@@ -17,7 +18,7 @@ import stages.runs
 from flows import prune, view
 from flows.config import differences, overridden, resolved, resumed, shown
 from flows.presets import PRESETS, preset
-from stages.config import RunConfig, UserError
+from stages.config import RunConfig, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from stages.artifacts import RunDir, StageId
@@ -25,13 +26,33 @@ if TYPE_CHECKING:
 RUNS = Path("data/runs")
 RUNNERS = ("process", "docker")
 FORMATS = ("mxfp4", "fp16", "bf16", "adapter")
+# With a default argparse does not call them required, wherever a word before them is missing.
+SETTINGS: dict[str, Any] = {"nargs": "*", "default": (), "metavar": "section.key=value"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong command line the way every other error is told."""
+    """Tells a wrong command line the way every other error is told, with the nearest word that is right."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, f"see {self.prog} --help")
+        meant = ""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            meant = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif option := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            meant = did_you_mean(option[1], self._option_string_actions)
+        raise UserError(message, f"{meant} see {self.prog} --help".lstrip())
+
+
+class Version(argparse.Action):
+    """--version, without reading the installed packages for every other command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print flexsink's version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"flexsink {version('flexsink')}")
+        sys.exit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -43,10 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def dispatch(arguments: Sequence[str] | None) -> int:
     top = parser()
+    if arguments is None and len(sys.argv) == 1:
+        top.print_help()
+        return 0
     args, late = top.parse_known_args(arguments)
     # argparse takes positional words of one place only: `train tiny --runner docker train.seed=1` has two.
     if late and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in late)):
-        top.error(f"unrecognized arguments: {' '.join(late)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:
         args.overrides = [*args.overrides, *late]
     code: int = args.command(args)
@@ -56,25 +80,26 @@ def dispatch(arguments: Sequence[str] | None) -> int:
 def parser() -> Parser:
     """Every subcommand and its arguments."""
     top = Parser(prog="flexsink", description="Teach gpt-oss a task by reinforcement learning on one GPU.")
+    top.add_argument("--version", action=Version)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     presets = ", ".join(PRESETS)
 
     train = commands.add_parser("train", help="start a run, or go on with it, from a preset")
     train.add_argument("preset", metavar="PRESET", help=presets)
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.seed=1")
+    train.add_argument("overrides", **SETTINGS, help="for example train.seed=1")
     train.add_argument("--run-dir", type=Path, metavar="DIR", help=f"where to write ({RUNS}/<preset>-<UTC>)")
     train.add_argument("--runner", choices=RUNNERS, metavar="RUNNER", help="process, or docker: stages in containers")
     train.set_defaults(command=train_command)
 
     resume = commands.add_parser("resume", help="go on with a run that stopped")
     resume.add_argument("run", type=Path, metavar="RUN_DIR")
-    resume.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example train.iterations=48")
+    resume.add_argument("overrides", **SETTINGS, help="for example train.iterations=48")
     resume.add_argument("--runner", choices=RUNNERS, metavar="RUNNER", help="process or docker (as before)")
     resume.set_defaults(command=resume_command)
 
     plan = commands.add_parser("plan", help="which stages would run, which be reused, and why")
     plan.add_argument("what", metavar="RUN_DIR|PRESET")
-    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
+    plan.add_argument("overrides", **SETTINGS)
     plan.set_defaults(command=plan_command)
 
     inspect = commands.add_parser("inspect", help="look at groups, completions, rewards, programs, verdicts")
@@ -111,7 +136,7 @@ def parser() -> Parser:
 
     serve = commands.add_parser("serve", help="train on a schedule")
     serve.add_argument("preset", metavar="PRESET", help=presets)
-    serve.add_argument("overrides", nargs="*", metavar="section.key=value")
+    serve.add_argument("overrides", **SETTINGS)
     serve.add_argument("--cron", required=True, metavar="CRON", help='for example "0 3 * * *"')
     serve.add_argument("--limit", type=int, default=1, metavar="N", help="runs at the same time (1)")
     serve.add_argument("--stop-after-runs", type=int, default=0, metavar="N", help="end after that many runs")
@@ -130,7 +155,7 @@ def parser() -> Parser:
         title="benchmarks", metavar="WHAT", required=True, parser_class=Parser
     )
     bench_score = bench.add_parser("score", help="how fast programs are judged, and whose CPU time it takes")
-    bench_score.add_argument("overrides", nargs="*", metavar="section.key=value", help="sandbox.containers=4")
+    bench_score.add_argument("overrides", **SETTINGS, help="sandbox.containers=4")
     bench_score.add_argument(
         "--completions", type=int, default=64, metavar="N", help="programs of the score stage (64)"
     )
@@ -160,6 +185,8 @@ def parser() -> Parser:
 
     doctor = commands.add_parser("doctor", help="check this machine")
     doctor.set_defaults(command=doctor_command)
+    for each in (*commands.choices.values(), *bench.choices.values()):
+        each.set_defaults(parser=each)
     return top
 
 
@@ -230,7 +257,7 @@ def plan_command(args: argparse.Namespace) -> int:
     from stages.artifacts import RunDir
 
     if args.what in PRESETS and not Path(args.what, "config.json").exists():
-        show_preset(resolved(overridden(preset(args.what), args.overrides)))
+        show_preset(resolved(preset(args.what)), resolved(overridden(preset(args.what), args.overrides)))
         return 0
     if not Path(args.what).exists() and "/" not in args.what:
         preset(args.what)

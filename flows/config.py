@@ -23,7 +23,9 @@ def overridden(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         name, equals, text = assignment.partition("=")
         section, dot, key = name.partition(".")
         if not equals or not dot or not key:
-            raise UserError(f"{assignment!r} is not section.key=value", "for example train.iterations=8")
+            owners = [f"{each}.{name}" for each, kind in SECTIONS.items() if name in typing.get_type_hints(kind)]
+            hint = f"did you mean {owners[0]}={text}?" if equals and owners else "for example train.iterations=8"
+            raise UserError(f"{assignment!r} is not section.key=value", hint)
         if section not in SECTIONS:
             raise unknown(f"section {section!r} in {assignment!r}", section, SECTIONS)
         body[section][key] = parsed(section, key, text)

@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +37,7 @@ SANDBOXES = "/sandboxes"
 LABEL = "flexsink.image"
 JUDGING = ("evaluate", "score", "export")  # stages that need sandboxes
 STATUS_S = 5.0  # how long the daemon may take to say how a container ended
+UNSTARTED_S = 600.0  # a container that nobody started for so long is nobody's
 KILLED, STOPPED = 137, 143
 NO_RUNTIME = "could not select device driver"
 
@@ -361,15 +362,25 @@ def remove_volume(client: Any, name: str) -> None:
 
 def reap(labels: Mapping[str, str]) -> int:
     """Removes what bears these labels: containers, and then volumes. Returns how many containers; UserError without
-    Docker."""
+    Docker.
+
+    With them go containers of other runs that were made long ago and never started: whoever made them was killed in
+    between, and that run may never be gone on with.
+    """
     client = connect()
     try:
         wanted = [f"{name}={value}" for name, value in labels.items()]
         found = client.containers(all=True, filters={"label": wanted})
-        for container in found:
+        unstarted = client.containers(all=True, filters={"label": list(labels), "status": "created"})
+        for container in (*found, *abandoned(unstarted, now=time.time())):
             remove(client, container["Id"])
         for volume in client.volumes(filters={"label": wanted})["Volumes"] or ():
             remove_volume(client, volume["Name"])
     finally:
         client.close()
     return len(found)
+
+
+def abandoned(unstarted: Iterable[Mapping[str, Any]], *, now: float) -> list[Mapping[str, Any]]:
+    """Of containers that were made and never started, as the daemon lists them, those that nobody will start."""
+    return [container for container in unstarted if now - container["Created"] > UNSTARTED_S]

@@ -93,7 +93,7 @@ def gpu() -> Line:
     """Never fails: a machine without a GPU trains the tiny model."""
     uuids = devices.gpus()
     if not uuids:
-        return Line("gpu", True, "none with a driver: runs on the CPU lock nothing")
+        return Line("gpu", True, "none with a driver: preset tiny trains without one, gpt_oss_* need 16 GB or more")
     users = {uuid: devices.holder(uuid) for uuid in uuids}
     busy = [f"{uuid} is at work for {who}" for uuid, who in users.items() if who]
     return Line("gpu", True, "; ".join([f"{len(uuids)} with a driver, {len(uuids) - len(busy)} free", *busy]))

@@ -1,10 +1,15 @@
 """`flexsink plan`: what a resume would run and what it would reuse, decided by the same code."""
 
+import inspect
+import re
+import typing
+
 from flows.train import stages_of
 from stages.artifacts import Decision, RunDir, StageId, survey
 from stages.artifacts.journal import SUFFIX
 from stages.artifacts.manifest import code_digest, versions
-from stages.config import RunConfig
+from stages.config import SECTIONS, RunConfig
+from stages.tasks import registry
 
 
 def show_run(run: RunDir, config: RunConfig) -> None:
@@ -24,9 +29,43 @@ def begun(run: RunDir, stage: StageId, decision: Decision) -> str:
     return "".join(f"; {count} {name} are kept" for count, name in counts if count)
 
 
-def show_preset(config: RunConfig) -> None:
-    """Prints the table for a run that is not there yet."""
-    show([(stage, "RUN", "a new run") for stage in stages_of(config)])
+def show_preset(preset: RunConfig, config: RunConfig) -> None:
+    """Prints the settings of a run that is not there yet, those that are not the preset's marked, and its stages."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("setting", "value", "what it is"):
+        table.add_column(name, overflow="fold")
+    usual, told = preset.flat(), explained(config)
+    sections = list(SECTIONS)
+    for key, value in sorted(config.flat().items(), key=lambda item: sections.index(item[0].partition(".")[0])):
+        changed = value != usual.get(key)
+        shown = f"{value} (preset: {usual.get(key)})" if changed else str(value)
+        table.add_row(Text(key), Text(shown, "bold" if changed else ""), Text(told.get(key, ""), "dim"))
+    console.print(table)
+    stages = list(stages_of(config))
+    evaluated = ", ".join(str(stage.index) for stage in stages if stage.name == "evaluate")
+    console.print(
+        f"\n{len(stages)} stages to run: load; {config.train.iterations} x (rollout, score, update); "
+        f"evaluate {evaluated}; {stages[-1]}"
+    )
+
+
+def explained(config: RunConfig) -> dict[str, str]:
+    """What each setting is, by its key: its choices, and the comment at its field in stages/config.py or the task."""
+    found: dict[str, str] = {}
+    for name, kind in {**SECTIONS, "task": type(registry.of(config).options)}.items():
+        try:
+            source = inspect.getsource(kind)
+        except OSError:  # a task without its source
+            continue
+        for field in re.finditer(r"^    (\w+): .*?(?:\n    |  )# (.*)$", source, re.MULTILINE):
+            choices = typing.get_args(typing.get_type_hints(kind)[field[1]])
+            found[f"{name}.{field[1]}"] = " | ".join(choices) + ": " * bool(choices) + field[2]
+    return found | {"task.name": "2048, matmul, or a task of your own"}
 
 
 def show(rows: list[tuple[StageId, str, str]]) -> None:

@@ -332,26 +332,37 @@ def checked(key: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{key} must be {KIND_NAMES[kind]}, not {value!r}", f"for example {key}={EXAMPLES[kind]}")
+        raise UserError(f"{key} must be {KIND_NAMES[kind]}, not {value!r}", example(key))
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key} must be finite, not {value!r}", f"for example {key}=0.5")
+        raise UserError(f"{key} must be finite, not {value!r}", example(key))
     if key in LIMITS:
         low, high = LIMITS[key]
         if not low <= value <= high:
-            raise UserError(f"{key} must be {low:g} to {high:g}, not {value!r}", "choose a value within the limits")
+            raise UserError(f"{key} must be {low:g} to {high:g}, not {value!r}", example(key))
     return value
 
 
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-EXAMPLES = {int: "8", float: "0.5", bool: "true", str: "name"}
+
+
+def example(key: str) -> str:
+    """A hint with the key's default value."""
+    section, _, name = key.partition(".")
+    default = getattr(SECTIONS[section](), name)
+    return f"for example {key}={str(default).lower() if isinstance(default, bool) else default}"
 
 
 def unknown(what: str, name: str, known: Iterable[str], *, prefix: str = "") -> UserError:
     """The error for a name that is none of `known`, with the nearest one as its hint."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(prefix + each for each in names)}"
+    hint = did_you_mean(name, names, prefix=prefix) or f"known: {', '.join(prefix + each for each in names)}"
     return UserError(f"unknown {what}", hint)
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """A hint with the nearest of `known`; empty where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else ""
 
 
 def key_names(section: str) -> str:

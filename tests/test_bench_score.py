@@ -44,9 +44,9 @@ def test_the_accounts_add_up_and_nothing_is_counted_twice(figures: dict[str, Any
 
 @pytest.mark.docker
 def test_programs_and_rules_take_most_of_the_cpu(figures: dict[str, Any]) -> None:
-    """The bar is 80 % on an idle machine, with 64 completions of 100 games."""
+    """The bar is 80 % with 64 completions of 100 games; the rules have a bar of their own in test_game2048_rules.py."""
     assert figures["stage"]["share_programs_and_rules"] > 0.65
-    assert figures["stage"]["rules_us_per_move"] < 2 * 5
+    assert figures["stage"]["rules_us_per_move"] < figures["stage"]["strategy_us_per_move"]
 
 
 @pytest.mark.docker

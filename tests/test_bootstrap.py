@@ -102,6 +102,17 @@ def test_a_changed_lock_is_installed_again(clone: Path) -> None:
     assert "pip:" not in second.stdout
 
 
+def test_with_the_local_sandbox_no_docker_is_looked_for(clone: Path) -> None:
+    flexsink = clone / ".venv" / "bin" / "flexsink"
+    flexsink.write_text('#!/bin/sh\necho "flexsink $*"\n')
+    flexsink.chmod(0o755)
+    words = ("train", "tiny", "sandbox.backend=local", "train.seed=1")
+    done = bootstrap(clone, *words, DOCKER_HOST="unix:///nowhere/docker.sock")
+    assert done.returncode == 0, done.stderr
+    assert f"flexsink {' '.join(words)}\n" in done.stdout
+    assert "sandbox image" not in done.stdout
+
+
 @pytest.mark.docker
 def test_a_failing_run_gives_its_exit_status_and_the_times(clone: Path) -> None:
     flexsink = clone / ".venv" / "bin" / "flexsink"
@@ -111,6 +122,30 @@ def test_a_failing_run_gives_its_exit_status_and_the_times(clone: Path) -> None:
     assert done.returncode == 7
     assert "flexsink train tiny train.iterations=2\n" in done.stdout
     assert "install " in done.stdout
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize(("second", "status"), [(0, 0), (1, 1)])
+def test_what_misses_its_time_is_measured_once_more(clone: Path, second: int, status: int) -> None:
+    for name in ("ruff", "mypy", "lint-imports"):
+        (clone / ".venv" / "bin" / name).symlink_to("/bin/true")
+    (clone / ".venv" / "bin" / "python").write_text(
+        f'''#!/bin/sh
+case "$*" in
+    "-m pytest -m timed --last-failed tests") exit {second} ;;
+    "-m pytest -m timed tests") exit 1 ;;
+    "-m pytest"*) exit 0 ;;
+esac
+exec "{sys.executable}" "$@"
+'''
+    )
+    text = b"".join(
+        (clone / path).read_bytes() for path in (*(f"containers/{name}" for name in LOCKS), "pyproject.toml")
+    )
+    (clone / ".venv" / "flexsink-installed").write_text(hashlib.sha256(text).hexdigest() + "\n")
+    done = bootstrap(clone, "test", "tests")
+    assert done.returncode == status, done.stderr
+    assert ("failed: measured tests" in done.stderr) == bool(status)
 
 
 @pytest.mark.parametrize("python_version", ["3.11", "3.12"])

@@ -1,6 +1,8 @@
 """The command line: quick help, and one line with a hint for whatever can be expected to go wrong."""
 
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from flows import cli, doctor
-from flows.config import resolved
+from flows.config import overridden, resolved
 from flows.presets import preset
 from flows.steps import local
 from flows.train import loop
@@ -107,7 +109,12 @@ def test_every_command_has_a_help(command: str) -> None:
         (["train", "tiny", "task.name=matmul", "task.trials=0"], "task.trials is 0", "timed 1 to 99 times"),
         (["train", "tiny", "sandbox.backend=local", "--runner", "docker"], "not with sandbox.backend", "runner"),
         (["train"], "PRESET", "flexsink train --help"),
-        (["trian", "tiny"], "invalid choice: 'trian'", "flexsink --help"),
+        (["trian", "tiny"], "invalid choice: 'trian'", "did you mean train? see flexsink --help"),
+        (["train", "tiny", "--rundir", "x"], "--rundir", "did you mean --run-dir? see flexsink train --help"),
+        (["train", "tiny", "lora_rank=3"], "is not section.key=value", "did you mean update.lora_rank=3?"),
+        (["train", "tiny", "update.lora_rank=0"], "must be 1 to 65536", "for example update.lora_rank=8"),
+        (["view", "--tab", "tokens"], "--tab shows a completion", "--completion"),
+        (["view", "--snapshot", "x.png"], "the picture is an SVG", ".svg"),
         (["resume", "/nowhere/run"], "/nowhere/run holds no run", "flexsink runs"),
         (["plan", "tinny"], "unknown preset 'tinny'", "did you mean tiny?"),
         (["plan", "data/runs/none"], "data/runs/none holds no run", "flexsink runs"),
@@ -231,11 +238,22 @@ def test_plan_shows_what_would_run_and_why(finished: RunDir) -> None:
     assert "train.iterations" not in (flexsink("plan", str(finished.path), "train.iterations=3").stderr)
 
 
-def test_plan_of_a_preset_lists_every_stage() -> None:
-    done = flexsink("plan", "tiny_test", "train.iterations=1")
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:-1]] == [
-        "load", "evaluate", "rollout", "score", "update", "evaluate", "export",
-    ]  # fmt: skip
+def test_plan_of_a_preset_explains_every_setting_and_counts_the_stages() -> None:
+    done = flexsink("plan", "tiny_test", "train.iterations=1", "task.size=5", COLUMNS="500")
+    *rows, _, stages = done.stdout.splitlines()[1:]
+    assert stages == "7 stages to run: load; 1 x (rollout, score, update); evaluate 0, 1; export mxfp4"
+    told = {key: re.split("  +", rest.strip()) for key, _, rest in (row.partition(" ") for row in rows)}
+    config = resolved(overridden(preset("tiny_test"), ["train.iterations=1", "task.size=5"]))
+    assert told.keys() == config.flat().keys()
+    assert [key for key, cells in told.items() if len(cells) != 2 and key != "sandbox.runtime"] == []
+    assert told["train.iterations"] == ["1 (preset: 2)", "rollout-score-update rounds"]
+    assert told["task.size"] == ["5 (preset: 4)", "cells a side, 3 to 8"]
+    assert told["export.format"] == ["mxfp4", "mxfp4 | fp16 | bf16 | adapter: what the last stage writes"]
+
+
+def test_without_words_the_help_is_shown_and_the_version_on_request() -> None:
+    assert "commands:" in flexsink().stdout
+    assert flexsink("--version").stdout == f"flexsink {importlib.metadata.version('flexsink')}\n"
 
 
 @pytest.mark.docker

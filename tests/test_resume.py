@@ -111,6 +111,20 @@ def test_the_first_run_on_a_machine_warns_of_nothing_and_speaks_to_no_other_mach
     assert not [line for line in lines if "warn" in line.lower() or "deprecat" in line.lower()]
 
 
+def test_an_export_is_used_as_the_readme_says(quiet_run: tuple[Path, float], tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().partition("## Use what was trained")[2]
+    program = section.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "data/runs").mkdir(parents=True)
+    (tmp_path / "data/runs/demo").symlink_to(quiet_run[0])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    prompt, _, answer = done.stdout.partition("<|start|>assistant")
+    assert "plays 2048" in prompt
+    assert len(answer) > 20
+
+
 @pytest.fixture
 def copied(quiet_run: tuple[Path, float], tmp_path: Path) -> Path:
     shutil.copytree(quiet_run[0], tmp_path / "run")

@@ -1,7 +1,6 @@
-"""Stages in containers with real Docker: the bytes are the process's, and kills, memory, logs and GPUs are told apart.
+"""A stage in a container with real Docker: the bytes are the process's; ends, memory, logs and GPUs are told apart.
 
-Most tests judge a synthetic run's rollout, since score needs no model. FLEXSINK_KILLS says how often the run on the
-bundled model is killed (3); FLEXSINK_KILL_SEED repeats a failing choice of moments.
+Most tests judge a synthetic run's rollout, since score needs no model.
 """
 
 import contextlib
@@ -9,103 +8,31 @@ import io
 import json
 import os
 import random
-import signal
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import huggingface_hub
 import pytest
 
 from flows import containers, images, steps
-from flows.config import overridden, resolved
 from flows.containers import Crew, StageContainer, StageFailed, device_requests
-from flows.presets import preset
 from flows.progress import Lines
-from flows.train import loop, stages_of
-from stages.artifacts import Manifest, RunDir, Session, StageId
+from stages.artifacts import RunDir, Session, StageId
 from stages.artifacts.stage import silent
-from stages.config import RunConfig, SandboxConfig, UserError, replace
-from stages.sandbox import Job, Limits, Outcome, corpus, open_pool
+from stages.config import RunConfig, UserError, replace
 from stages.sandbox.attached import Attached
 from stages.sandbox.image import connect
-from stages.sandbox.keeper import Keeper
-from stages.sandbox.self_check import HARNESS, Pick, attack_pool
-from tests import synthetic_run
-from tests.test_resume import Flow, below, journal_at_work, repeated
+from tests.contained import SCORE, config_of, in_process, make, of_run, rolled_out, volumes, wait_for
+from tests.test_resume import below, repeated
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("stage_images")]
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("FLEXSINK_KILLS", "3"))
-SCORE = StageId("score", 0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def built_images() -> None:
-    """Both images; building them takes a minute where they are missing."""
-    client = connect()
-    for kind in images.KINDS:
-        images.require(client, kind, print)
-    client.close()
-
-
-def config_of(*, prompts: int = 2, group_size: int = 8, **settings: Any) -> RunConfig:
-    config = synthetic_run.config_of(iterations=1, prompts=prompts, group_size=group_size, programs=2)
-    config = replace(config, "sandbox", cpu_s=settings.pop("cpu_s", 2.0), containers=settings.pop("sandboxes", 2))
-    return resolved(replace(config, "steps", runner="docker", **settings))
-
-
-def rolled_out(path: Path, config: RunConfig, *, endless: bool = False) -> RunDir:
-    """A run whose first rollout is done, of programs that are mostly honest; endless: some use up their time."""
-    broken = {name: each for name, each in synthetic_run.BROKEN.items() if endless or name != "timeout"}
-    with mock.patch.object(synthetic_run, "BROKEN", broken):
-        return synthetic_run.write(path, config, upto=StageId("rollout", 0))
-
-
-def make(run: RunDir, config: RunConfig, stage: StageId = SCORE) -> Manifest:
-    """The stage's manifest, made by the configured runner."""
-    with Session() as session:
-        return steps.run_stage(run, config, stage, session, Lines(io.StringIO()))
-
-
-def in_process(run: RunDir, path: Path, config: RunConfig) -> Manifest:
-    """The manifest of the same score stage made in this process, of a copy."""
-    subprocess.run(["cp", "-r", str(run.path), str(path)], check=True)
-    return make(RunDir(path), replace(config, "steps", runner="process"))
-
-
-def of_run(run: RunDir, kind: str = "") -> list[dict[str, Any]]:
-    """The run's containers as the daemon lists them; kind: sandbox, score or gpu."""
-    client = connect()
-    wanted = [f"flexsink.run={run.labels()['flexsink.run']}"]
-    if kind:
-        wanted.append("flexsink.sandbox" if kind == "sandbox" else f"{containers.LABEL}={kind}")
-    found: list[dict[str, Any]] = client.containers(all=True, filters={"label": wanted})
-    client.close()
-    return found
-
-
-def volumes(run: RunDir) -> list[str]:
-    client = connect()
-    label = f"flexsink.run={run.labels()['flexsink.run']}"
-    found = [each["Name"] for each in client.volumes(filters={"label": label})["Volumes"] or ()]
-    client.close()
-    return found
-
-
-def wait_for(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-    return value
 
 
 @pytest.fixture
@@ -244,133 +171,6 @@ def test_a_checkpoint_of_the_hub_comes_with_the_cache_that_it_is_in(
     _, mounts, variables = containers.surroundings(run, config)
     assert mounts == [f"{run.path}:{run.path}:rw", f"{cache}:{cache}:ro"]
     assert (variables["HF_HUB_CACHE"], variables["HF_HUB_OFFLINE"]) == (str(cache), "1")
-
-
-# What a sandbox's socket lets through.
-
-LOOK = """
-import json, os, pathlib, socket, stat, sys, time
-folder = pathlib.Path("/sandboxes")
-try:
-    end = time.monotonic() + 20
-    while not (found := sorted(folder.glob("*/socket"))) and time.monotonic() < end and os.access(folder, os.X_OK):
-        if any(not os.access(each, os.X_OK) for each in folder.iterdir()):
-            break
-        time.sleep(0.02)
-    facts = []
-    for path in found:
-        for each in (path.parent, path):
-            status = os.stat(each)
-            facts.append([status.st_uid, status.st_gid, oct(status.st_mode)])
-    with socket.socket(socket.AF_UNIX) as caller:
-        caller.connect(str(found[0]) if found else str(next(folder.iterdir()) / "socket"))
-    print(json.dumps({"facts": facts}))
-except OSError as error:
-    print(json.dumps({"error": type(error).__name__}))
-"""
-GROUP = 4711
-
-
-@pytest.fixture
-def volume() -> Iterator[str]:
-    client = connect()
-    # A name of its own: a socket's path may have 107 characters.
-    name = client.create_volume(f"test-sockets-{os.getpid()}", labels={"flexsink.run": "test-sockets"})["Name"]
-    yield name
-    for each in client.containers(all=True, filters={"label": "flexsink.run=test-sockets"}):
-        client.remove_container(each["Id"], force=True)
-    containers.remove_volume(client, name)
-    client.close()
-
-
-@pytest.fixture
-def keeper(volume: str) -> Iterator[Keeper]:
-    keeper = Keeper(SandboxConfig(containers=1), labels={"flexsink.run": "test-sockets"}, volume=volume, group=GROUP)
-    try:
-        yield keeper
-    finally:
-        keeper.close()
-
-
-def looked(volume: str, user: str) -> Any:
-    """What a process of that user and group sees of the sandboxes' sockets."""
-    client = connect()
-    created = client.create_container(
-        images.image_name("score"),
-        entrypoint=["python3", "-c", LOOK],
-        user=user,
-        labels={"flexsink.run": "test-sockets"},
-        host_config=client.create_host_config(binds=[f"{volume}:/sandboxes:ro"], cap_drop=["ALL"], network_mode="none"),
-    )
-    client.start(created["Id"])
-    client.wait(created["Id"])
-    answer = json.loads(client.logs(created["Id"], stderr=False))
-    client.remove_container(created["Id"])
-    client.close()
-    return answer
-
-
-def test_the_socket_is_for_the_callers_group_alone(keeper: Keeper, volume: str) -> None:
-    wait_for(lambda: keeper.num_started)
-    folder = [0, GROUP, oct(stat.S_IFDIR | 0o2770)]
-    assert looked(volume, f"1000:{GROUP}") == {"facts": [folder, [0, GROUP, oct(stat.S_IFSOCK | 0o660)]]}
-    wait_for(lambda: keeper.num_started == 2)
-    time.sleep(1.0)  # its successor is listening
-    assert looked(volume, "1000:1000") == {"error": "PermissionError"}
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may reach into a volume from outside")
-def test_a_sandbox_is_used_up_by_its_caller_and_has_a_successor_in_a_new_folder(keeper: Keeper) -> None:
-    harness = (
-        "def judge(cases, ask):\n    return [{'answer': ask(b'?').decode()}]\n\ndef serve(function, receive, send):\n"
-    )
-    harness += "    while receive():\n        send(function().encode())\n"
-    limits = Limits(cpu_s=1.0)
-
-    def job(program: str) -> Job:
-        return Job(job_id="0", program=program, entry="f", harness="h", cases=({},), limits=limits)
-
-    sockets = Path(keeper.root)
-    for number in range(2):
-        with open_pool(keeper.config, harnesses={"h": harness}, labels={}, sockets=sockets) as pool:
-            good = pool.submit(job("def f():\n    return 'yes'\n")).result(timeout=60)
-            assert (good.outcome, good.cases) == (Outcome.ok, ({"answer": "yes"},))
-            endless = pool.submit(job("def f():\n    while True: pass\n"))
-            group = wait_for(lambda: groups_of_case(keeper))
-            assert group == "-", "a case has no group, least of all the caller's"
-            assert endless.result(timeout=60).outcome is Outcome.timeout
-            calling = job("def f():\n    import socket\n    return str(socket.socket(socket.AF_UNIX))\n")
-            assert pool.submit(calling).result(timeout=60).outcome is Outcome.foreign_import
-        wait_for(lambda started=2 * number + 3: keeper.num_started >= started)  # one for the timeout, one at the end
-    names = sorted(folder.name for folder in sockets.iterdir())
-    assert names[:4] == [f"0000-{number:06d}" for number in range(4)]
-
-
-def groups_of_case(keeper: Keeper) -> str:
-    """The supplementary groups of the case at work, as ps shows them; "" while there is none."""
-    client = connect()
-    try:
-        with keeper.lock:
-            live = [each.id for each in keeper.live]
-        for name in live:
-            with contextlib.suppress(Exception):  # it may be ending
-                for _pid, uid, *groups in client.top(name, ps_args="-o pid,uid,supgid")["Processes"]:
-                    if uid == "10001":
-                        return " ".join(groups) or "-"
-    finally:
-        client.close()
-    return ""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may reach into a volume from outside")
-def test_the_attacks_that_go_for_sockets_come_to_nothing_where_the_supervisor_has_one(keeper: Keeper) -> None:
-    chosen = [
-        each for each in corpus.load() if each.task == "pick" and ("socket" in each.name or "descriptor" in each.name)
-    ]
-    assert len(chosen) >= 3
-    with open_pool(keeper.config, harnesses={"pick": HARNESS}, labels={}, sockets=Path(keeper.root)) as pool:
-        findings = list(attack_pool(pool, chosen, arenas={"pick": Pick()}))
-    assert [finding.failure for finding in findings if not finding.passed] == []
 
 
 # How the end of a container is told.
@@ -536,158 +336,6 @@ def test_auto_asks_for_one_card_where_there_are_cards(monkeypatch: pytest.Monkey
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [(each["Count"], each["DeviceIDs"]) for each in device_requests("auto")] == expected
     assert device_requests("none") == []
-
-
-# What is left after a kill, and the whole run.
-
-LIVING = """
-import sys
-from pathlib import Path
-from stages.artifacts import RunDir
-from stages.exits import guarded
-from tests.test_stage_containers import make
-run = RunDir(Path(sys.argv[1]))
-sys.exit(guarded(lambda: bool(make(run, run.config()))))
-"""
-
-
-def living(run: RunDir) -> "subprocess.Popen[bytes]":
-    """A process in the middle of the run's score."""
-    process = subprocess.Popen([sys.executable, "-c", LIVING, str(run.path)], cwd=ROOT, start_new_session=True)
-    wait_for(lambda: below(run.path, "verdicts.journal"), 60)
-    assert {each["State"] for each in of_run(run)} >= {"running"}
-    return process
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_no_container_and_no_volume(tmp_path: Path, number: signal.Signals) -> None:
-    run = rolled_out(tmp_path / "run", config_of(prompts=4, group_size=16))
-    process = living(run)
-    os.kill(process.pid, number)
-    assert process.wait(30) == 130
-    assert (of_run(run), volumes(run)) == ([], [])
-
-
-def test_containers_end_with_a_killed_process_and_the_next_start_removes_what_is_left(tmp_path: Path) -> None:
-    config = config_of(prompts=8, group_size=16)
-    run = rolled_out(tmp_path / "run", config)
-    process = living(run)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    wait_for(lambda: not of_run(run), 20)
-    assert len(volumes(run)) == 1
-    client = connect()
-    left = client.create_container(images.image_name("score"), labels={**run.labels(), containers.LABEL: "gpu"})
-    steps.reap(run)
-    assert (of_run(run), volumes(run)) == ([], [])
-    with pytest.raises(Exception, match="No such container"):
-        client.inspect_container(left["Id"])
-    client.close()
-
-
-SMALL = ("train.iterations=1", "rollout.prompts=1", "rollout.group_size=4", "rollout.max_new_tokens=96")
-SMALL += ("evaluate.programs=4", "evaluate.games=1", "export.format=adapter")
-OVERRIDES = SMALL if KILLS <= 3 else ()
-
-
-def whole(path: Path, runner: str, *overrides: str) -> RunDir:
-    """A whole run on the bundled model, without Prefect."""
-    config = resolved(overridden(preset("tiny_test"), [*overrides, f"steps.runner={runner}"]))
-    run = RunDir.create(path, config)
-    with Session() as session, steps.logging_to(run, config.logging):
-        loop(config, steps.local(run, config, session, Lines(io.StringIO())))
-    return run
-
-
-def contents(run: RunDir) -> dict[str, str]:
-    """The content digest of every stage that is done."""
-    paths = (path for path in below(run.path, "manifest.json") if ".tmp" not in str(path) and ".stale" not in str(path))
-    return {str(path.parent.relative_to(run.path)): json.loads(path.read_text())["digest"] for path in paths}
-
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run in this process that nothing disturbed."""
-    return whole(tmp_path_factory.mktemp("quiet") / "run", "process", *OVERRIDES)
-
-
-@pytest.mark.slow
-def test_a_whole_run_in_containers_has_the_bytes_of_one_in_this_process(quiet: RunDir, tmp_path: Path) -> None:
-    started = time.time()
-    contained = whole(tmp_path / "contained", "docker", *OVERRIDES)
-    client = connect()
-    wanted = {"label": f"flexsink.run={contained.labels()['flexsink.run']}", "event": "create", "type": "container"}
-    events = client.events(since=int(started), until=int(time.time()) + 1, filters=wanted, decode=True)
-    kinds = [event["Actor"]["Attributes"].get(containers.LABEL, "sandbox") for event in events]
-    client.close()
-    assert (kinds.count("gpu"), kinds.count("score")) == (1, contained.config().train.iterations)
-    assert (of_run(contained), volumes(contained)) == ([], [])
-    assert contents(contained) == contents(quiet)
-    assert len(contents(quiet)) == len(list(stages_of(quiet.config())))
-
-
-@pytest.fixture(scope="module")
-def flow(prefect_server: str) -> Flow:
-    return Flow(prefect_server)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(200 * max(KILLS, 4))
-def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_like_a_quiet_one(
-    flow: Flow, quiet: RunDir, tmp_path: Path
-) -> None:
-    """One run, killed KILLS times: in the middle of each stage and right behind it, or at some of these moments."""
-    seed = int(os.environ.get("FLEXSINK_KILL_SEED", time.time_ns() % 10**9))
-    print(f"FLEXSINK_KILL_SEED={seed}")
-    draw = random.Random(seed)
-    order = list(stages_of(quiet.config()))
-    moments = [(number, where) for number in range(len(order)) for where in ("in", "behind")]
-    path = tmp_path / "run"
-    run, resumed, words = RunDir(path), 0, ["train", "tiny_test", *OVERRIDES, "--runner", "docker"]
-    words += ["--run-dir", str(path)]
-    for which in sorted(draw.sample(range(len(moments)), min(KILLS, len(moments)))):
-        number, where = moments[which]
-        before = contents(run)
-        process = flow.start(*words)
-        wait_while(process, lambda run=run, many=number + (where == "behind"): len(contents(run)) < many)
-        if where == "in":
-            wait_while(process, lambda path=path: not below(path, ".tmp-*"))
-            time.sleep(1.5 * draw.random())
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        at_work = [str(each.relative_to(path)) for each in below(path, ".tmp-*")]
-        print(f"killed {where} {order[number]}: {len(contents(run))} stages done, at work {at_work}")
-        assert before.items() <= contents(run).items()
-        if (path / "config.json").exists():
-            wait_for(lambda: not of_run(run), 20)
-            words = ["resume", str(path), "--runner", draw.choice(["docker", "docker", "process"])]
-            resumed += 1
-    code, _, errors = flow.run("resume", str(path), "--runner", "docker")
-    assert (code, errors) == (0, "")
-    assert resumed
-    assert contents(run) == contents(quiet)
-    assert (of_run(run), volumes(run)) == ([], [])
-    assert (below(path, ".tmp-*"), below(path, "*.journal")) == ([], [])
-
-
-def wait_while(process: "subprocess.Popen[str]", true: Callable[[], bool]) -> None:
-    """Waits while it is true and the process lives."""
-    deadline = time.monotonic() + 300
-    while process.poll() is None and true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_ends_its_containers_and_says_how_to_go_on(flow: Flow, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    process = flow.start("train", "tiny_test", *SMALL, "--runner", "docker", "--run-dir", str(path))
-    assert journal_at_work(path / "evaluations", process, name="completions", lines=1)
-    os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, f"terminated; go on with: flexsink resume {path}\n")
-    assert (of_run(RunDir(path)), volumes(RunDir(path))) == ([], [])
 
 
 @pytest.mark.timed

@@ -6,6 +6,8 @@ Building the command line stays instant: textual and what reads Parquet are impo
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
+from stages.config import UserError
+
 TABS = ("verdict", "tokens", "program", "cases", "prompt")
 
 
@@ -32,6 +34,10 @@ def view(args: Namespace) -> int:
     """Browse the run, or write a picture of it; the exit code is 0, and expected failures are UserErrors."""
     from flows.view.app import browse, snapshot
 
+    if args.tab and not args.completion:
+        raise UserError("--tab shows a completion, and none is named", "for example --completion 00000-000-000")
+    if args.snapshot and args.snapshot.suffix != ".svg":
+        raise UserError(f"{args.snapshot}: the picture is an SVG", "give --snapshot a name that ends in .svg")
     if args.snapshot:
         print(snapshot(args))
     else:

@@ -82,7 +82,7 @@ class RunPage(OfRun):
     def fill_iterations(self, iterations: list[Iteration]) -> None:
         table = self.query_one("#of-iterations", Rows)
         table.clear(columns=True)
-        table.add_columns("#", "reward", "spread", "ok", "silent", "tokens", "kl", "other outcomes")
+        table.add_columns("#", "reward", "spread", "ok", "no signal", "tokens", "kl", "other outcomes")
         for row in iterations:
             kl = row.metrics.get("kl")
             reward = Text.assemble((f"{row.reward:.2f}", "bold"), (f" \u00b1{row.reward_error:.2f}", "dim"))
