@@ -111,7 +111,7 @@ def sandboxes_of(run: Path) -> list[psutil.Process]:
     found = []
     try:
         for container in client.api.containers(filters={"label": [label]}):
-            rows = client.api.top(container["Id"], "-eo pid")["Processes"]
+            rows = client.api.top(container["Id"], "-eo pid")["Processes"] or ()  # none where it has just ended
             found += [psutil.Process(int(row[0])) for row in rows]
     except (docker.errors.DockerException, psutil.NoSuchProcess, OSError):
         pass  # a container that ended between two calls; the next sample is a second away
