@@ -17,7 +17,7 @@ from textual.widgets import Static, TabbedContent
 from flows import view
 from flows.view import iterations
 from flows.view.app import Browser, settled, snapshot
-from flows.view.board import Board
+from flows.view.board import SPEEDS, Board
 from flows.view.completion import CompletionPage, marked_lines
 from flows.view.evaluations import HeldOutPage
 from flows.view.iterations import GroupPage, IterationPage, RunPage
@@ -222,12 +222,16 @@ def test_a_game_is_replayed_by_keys(run: RunDir) -> None:
         assert board.frames[1].letter == game["letters"][0]
         await press(pilot, "down")
         assert board.at == row["games"][1]["moves"]
-        await press(pilot, "plus", "plus", "home", "space")
-        await asyncio.sleep(0.3)
+        await press(pilot, "plus", "plus")
+        assert board.speed == max(SPEEDS)
+        await press(pilot, "minus", "minus", "minus", "home", "space")
+        assert board.speed == min(SPEEDS)  # so slow that no busy machine plays the game to its end
+        while board.at == 0:
+            await asyncio.sleep(0.05)
         await press(pilot, "space")
         stopped = board.at
-        assert stopped > 0
-        await asyncio.sleep(0.1)
+        assert stopped < row["games"][1]["moves"]
+        await asyncio.sleep(1.5 / board.speed)
         assert board.at == stopped
         assert f"move {stopped} of {row['games'][1]['moves']}" in " ".join(seen(app).split())
 
