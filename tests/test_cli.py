@@ -19,7 +19,9 @@ from flows.steps import local
 from flows.train import loop
 from stages.artifacts import RunDir, Session
 from stages.config import UserError
+from stages.model.synthetic import SHAPES
 from tests import small_stages
+from tests.bench import on_gpu
 from tests.test_flow import Lines
 
 ROOT = Path(__file__).parent.parent
@@ -302,3 +304,11 @@ def test_the_doctor_has_a_hint_for_what_fails(monkeypatch: pytest.MonkeyPatch, t
     failing = {line.name: line for line in doctor.check() if not line.ok}
     assert {"docker", "sandbox image", "tiny model", "prefect"} <= set(failing)
     assert all(line.hint for line in failing.values())
+
+
+@pytest.mark.parametrize("name", [name for name, words in on_gpu.JOBS.items() if "bench" in words])
+def test_what_is_measured_on_a_gpu_is_understood(name: str) -> None:
+    words = on_gpu.command(name, Path("out"))
+    args = cli.parser().parse_args(words[words.index("flows.cli") + 1 :])
+    assert args.out == Path("out") / f"{name}.json"
+    assert args.shape in SHAPES

@@ -41,8 +41,12 @@ def head(*, bench: str, command: str, gpu: str, shape: str, dtype: str, cuda: st
 
 
 def command_line(words: list[str]) -> str:
-    """The command that measures this again."""
-    return shlex.join(["flexsink", *words])
+    """The command that measures this again; where the figures went is left out."""
+    kept = list(words)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return shlex.join(["flexsink", *kept])
 
 
 def today() -> str:
