@@ -6,7 +6,8 @@ product first unpacks its weights to the compute dtype, so decoding is slower (R
 weights are no longer the checkpoint's own.
 """
 
-from typing import cast
+import functools
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,29 @@ from stages.kernels.linear import linear
 CHUNK_ROWS = 8192  # rows of the unembedding unpacked at once: 47 MB of gpt-oss's in 16 bits
 
 
+@functools.cache
+def _layer_class() -> Any:
+    import bitsandbytes as bnb
+
+    class Nf4Linear(bnb.nn.Linear4bit):
+        """Multiplies by the unpacked weights. The library's own forward takes other kernels for a single row, and on
+        CPUs with bfloat16 instructions computes in bfloat16: a row's bits would depend on its batch and on the machine.
+        """
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return nn.functional.linear(hidden, dense_weight(self), self.bias)
+
+    return Nf4Linear
+
+
 def nf4_layer(dense: nn.Linear) -> nn.Module:
     """The linear layer in NF4; the bias stays as it is."""
     import bitsandbytes as bnb
 
-    packed = bnb.nn.Linear4bit(
-        dense.in_features, dense.out_features, compute_dtype=dense.weight.dtype, quant_type="nf4"
-    )
+    packed = _layer_class()(dense.in_features, dense.out_features, compute_dtype=dense.weight.dtype, quant_type="nf4")
     packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     packed.bias = dense.bias
-    return packed.to(dense.weight.device)
+    return cast(nn.Module, packed.to(dense.weight.device))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

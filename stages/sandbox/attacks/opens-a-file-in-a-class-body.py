@@ -3,7 +3,7 @@
 # guarded: cheat; refused
 # unguarded: cheat; cpu 0.05
 
-while sum(range(1000)) and not (burnt := sum(range(5_000_000))):
+while sum(range(1000)) and not (burnt := sum(range(20_000_000))):
     pass
 
 
