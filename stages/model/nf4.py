@@ -7,6 +7,8 @@ weights are no longer the checkpoint's own.
 """
 
 import functools
+import importlib
+import logging
 from typing import Any, cast
 
 import torch
@@ -17,11 +19,15 @@ from stages.kernels.linear import linear
 CHUNK_ROWS = 8192  # rows of the unembedding unpacked at once: 47 MB of gpt-oss's in 16 bits
 
 
+def bitsandbytes() -> Any:
+    """The library, without its advice to install kernels for the CPU, which nothing here would use."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return importlib.import_module("bitsandbytes")
+
+
 @functools.cache
 def _layer_class() -> Any:
-    import bitsandbytes as bnb
-
-    class Nf4Linear(bnb.nn.Linear4bit):
+    class Nf4Linear(bitsandbytes().nn.Linear4bit):  # type: ignore[misc]
         """Multiplies by the unpacked weights. The library's own forward takes other kernels for a single row, and on
         CPUs with bfloat16 instructions computes in bfloat16: a row's bits would depend on its batch and on the machine.
         """
@@ -34,10 +40,8 @@ def _layer_class() -> Any:
 
 def nf4_layer(dense: nn.Linear) -> nn.Module:
     """The linear layer in NF4; the bias stays as it is."""
-    import bitsandbytes as bnb
-
     packed = _layer_class()(dense.in_features, dense.out_features, compute_dtype=dense.weight.dtype, quant_type="nf4")
-    packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
+    packed.weight = bitsandbytes().nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     packed.bias = dense.bias
     return cast(nn.Module, packed.to(dense.weight.device))
 
@@ -48,9 +52,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight
-    import bitsandbytes.functional as bnb
-
-    return cast(Tensor, bnb.dequantize_4bit(weight.data, state))
+    return cast(Tensor, bitsandbytes().functional.dequantize_4bit(weight.data, state))
 
 
 class Nf4Head(nn.Module):
@@ -58,12 +60,10 @@ class Nf4Head(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         """Raises ValueError when chunks of rows would cut blocks of weights."""
-        import bitsandbytes.functional as bnb
-
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.compute_dtype = weight.dtype
-        packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+        packed, state = bitsandbytes().functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
         if self.in_features % 64:
             raise ValueError(f"an unembedding of {self.in_features} inputs does not fall into blocks of 64 weights")
         self.packed = nn.Buffer(packed.view(-1))  # uint8, two codes a byte
@@ -77,12 +77,11 @@ class Nf4Head(nn.Module):
 
     def __getitem__(self, rows: slice) -> Tensor:
         """The rows start:stop [n, D] in the compute dtype; start is a multiple of CHUNK_ROWS."""
-        import bitsandbytes.functional as bnb
-
+        functional = bitsandbytes().functional
         start, stop, _ = rows.indices(self.out_features)
         assert start % CHUNK_ROWS == 0
         first, last = start * self.in_features, stop * self.in_features
-        state = bnb.QuantState(
+        state = functional.QuantState(
             absmax=self.scales[first // 64 : -(-last // 64)],
             shape=torch.Size((stop - start, self.in_features)),
             code=self.code,
@@ -90,7 +89,7 @@ class Nf4Head(nn.Module):
             blocksize=64,
             quant_type="nf4",
         )
-        return cast(Tensor, bnb.dequantize_4bit(self.packed[first // 2 : -(-last // 2)].view(-1, 1), state))
+        return cast(Tensor, functional.dequantize_4bit(self.packed[first // 2 : -(-last // 2)].view(-1, 1), state))
 
     def rows(self, indices: Tensor) -> Tensor:
         """[n, D] in the compute dtype of indices int64 [n]. A byte's upper half is the first of its two codes."""

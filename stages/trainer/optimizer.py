@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.config import UpdateConfig, UserError
+from stages.model.nf4 import bitsandbytes
 from stages.model.policy import Policy
 
 # Sources: Loshchilov and Hutter 2019 (AdamW); Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization".
@@ -42,7 +43,7 @@ def make_optimizer(policy: Policy, update: UpdateConfig) -> torch.optim.Optimize
     if policy.device.type != "cuda":
         raise UserError(f"update.optimizer={update.optimizer} needs a CUDA card", "use update.optimizer=adamw here")
     try:
-        import bitsandbytes as bnb
+        bnb = bitsandbytes()
     except ImportError:
         raise UserError(
             f"update.optimizer={update.optimizer} needs bitsandbytes", "pip install bitsandbytes, or use adamw"
