@@ -220,8 +220,7 @@ case "$mode" in
         check ruff format --check .
         check mypy
         check lint-imports
-        # Two workers a core: tests wait for containers, servers and browsers a good part of their time.
-        check python -m pytest -n $((2 * $(nproc))) --dist worksteal -m "not timed" "$@"
+        check python -m pytest -n 2 --dist worksteal -m "not timed" "$@"
         check measured "$@"
         [ "$num_empty" -lt 2 ] || fail "no test is called for by $*" "look at: .venv/bin/python -m pytest --collect-only $*"
         ;;

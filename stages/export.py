@@ -3,19 +3,22 @@
     python -m stages.export --run-dir R --format mxfp4
 
 Formats: mxfp4 (experts without a delta keep their bytes, the others are re-quantised), fp16 and bf16 (dense, merged),
-adapter (PEFT). Whatever was written is loaded again: by transformers, whose logits must equal ours on the same tensors,
-and as a policy whose programs meet the same held-out seeds as the last evaluation's. Re-quantising can swallow small
-deltas: when less than 90 % of the gain is left, export.json says so and the rest is kept as a low-rank residual adapter
-beside the model, in residual_adapter/.
-
-Does not cover: sharded reload checks on a card that cannot hold the model twice.
+adapter (PEFT). Whatever was written is loaded again. By transformers on the CPU, whose logits must equal ours on the
+same tensors, of as many layers as the host's memory holds twice (`reloaded_layers` in export.json). And on the card, in
+the live policy's place, as a policy whose programs meet the same held-out seeds as the last evaluation's; a dense model
+that does not fit there is not judged, which `not_judged` says. Re-quantising can swallow small deltas: when less than
+90 % of the gain is left, export.json says so and the rest is kept as a low-rank residual adapter beside the model, in
+residual_adapter/.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,74 +26,129 @@ from torch import Tensor
 from stages.artifacts import StageContext, StageId, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import SUMMARY, read_table
-from stages.config import UserError
-from stages.engine import Completion, Engine, Request, SamplingParams
+from stages.config import UpdateConfig, UserError
+from stages.engine import Completion, Engine, Request, SamplingParams, engine_of, live_engine
+from stages.model import lora
 from stages.model.checkpoint import Checkpoint, locate
+from stages.model.excerpt import excerpt, layers_in_memory
+from stages.model.full_weights import FullWeights
 from stages.model.gpt_oss import build
-from stages.model.merge import FORMATS, copy_tokenizer, set_residual, write_merged
+from stages.model.merge import FORMATS, Changes, Requantized, copy_tokenizer, set_residual, write_merged
 from stages.model.policy import Policy, live_policy
 from stages.tasks import judging, registry
+from stages.trainer import Pack, Sample, completion_distributions
 
 GAIN_KEPT = 0.9  # of the held-out gain; less and the residual adapter is written
-NUM_PROBES = 8  # completions of the live policy on which logits and KL are compared
+NUM_PROBES, PROBE_TOKENS = 8, 128  # completions of the live policy, cut off, on which logits and KL are compared
+CARD_SHARE = 0.8  # of a card's free memory, what the weights of a model to be judged may take
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}  # float32: largest difference; 16-bit: relative norm
+
+
+class Written(NamedTuple):
+    """What is left of the live policy once the model is written; all on the CPU."""
+
+    probes: list[Sample]
+    live: list[Tensor]  # its log-probabilities of each probe
+    changes: Changes
+    lost: list[Requantized]
 
 
 def run(context: StageContext) -> None:
     """Writes the model folder and export.json. Raises UserError when what transformers loads is not what we hold."""
     config, updates, format = context.config, context.stage.index, context.stage.label
     assert updates is not None
-    policy = live_policy(context, updates)
     checkpoint = Checkpoint(locate(config.model.source))
-    probes = sample(policy, context, count=NUM_PROBES, prefix="probe")
-    live = [log_distributions(policy.model, probe) for probe in probes]
-    started = time.perf_counter()
+    written = write(context, checkpoint, updates, format)
+    # The card need not hold two models: what comes after has the live policy's place.
+    for name in ("engine", "policy"):
+        context.session.drop(name)
+    gc.collect()
+    torch.cuda.empty_cache()
+
     body: dict[str, Any] = {"format": format, "policy_version": updates}
-    if format == "adapter":
-        policy.save_adapter(context.out)
-        copy_tokenizer(checkpoint.folder, context.out)
-        body["reload"] = check_adapter(context.out, checkpoint, probes, live)
-    else:
-        lost = write_merged(policy, checkpoint, context.out, format=format)
-        body["requantized"] = [each._asdict() for each in lost]
-        body["reload"] = check_model(context.out, format, probes)
-    context.timings.append({"what": "write", "seconds": time.perf_counter() - started})
+    body |= reloaded(context, checkpoint, format, written.probes)
     if format != "adapter":
-        body |= judge_export(context, policy, checkpoint, probes, live)
+        body["requantized"] = [each._asdict() for each in written.lost]
+        body |= judge_export(context, checkpoint, written)
     (context.out / "export.json").write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
     context.progress(1, 1, "model", **{"gain kept": f"{body['gain_kept']:.0%}"} if body.get("gain_kept") else {})
 
 
-def judge_export(
-    context: StageContext, policy: Policy, checkpoint: Checkpoint, probes: list[Completion], live: list[Tensor]
-) -> dict[str, Any]:
+def write(context: StageContext, checkpoint: Checkpoint, updates: int, format: str) -> Written:
+    """Writes the live policy in that format, and notes what it says of completions of its own."""
+    policy = live_policy(context, updates)
+    completions = sample(live_engine(context, policy), context, count=NUM_PROBES, prefix="probe")
+    probes = [
+        Sample(each.completion_id, each.prompt_ids, each.completion_ids[:PROBE_TOKENS], (), 0.0) for each in completions
+    ]
+    started = time.perf_counter()
+    lost: list[Requantized] = []
+    if format == "adapter":
+        policy.save_adapter(context.out)
+        copy_tokenizer(checkpoint.folder, context.out)
+    else:
+        lost = write_merged(policy, checkpoint, context.out, format=format)
+    context.timings.append({"what": "write", "seconds": time.perf_counter() - started})
+    return Written(probes, distributions(policy, probes), Changes.of(policy), lost)
+
+
+def reloaded(context: StageContext, checkpoint: Checkpoint, format: str, probes: list[Sample]) -> dict[str, Any]:
+    """How far transformers' logits of what was written lie from ours, and of how many layers."""
+    num_layers = checkpoint.config.num_hidden_layers
+    layers = layers_in_memory(checkpoint.config, copies=2, itemsize=4)
+    body: dict[str, Any] = {"reloaded_layers": layers, "reload": {}}
+    if layers:
+        with tempfile.TemporaryDirectory(dir=context.out) as temporary:
+
+            def part(folder: Path) -> Path:
+                return folder if layers == num_layers else excerpt(folder, layers, Path(temporary) / folder.name)
+
+            if format == "adapter":
+                base = part(checkpoint.folder)
+                body["reload"] = check_adapter(part(context.out), base, probes, context.config.update)
+            else:
+                body["reload"] = check_model(part(context.out), format, probes)
+    return body
+
+
+def judge_export(context: StageContext, checkpoint: Checkpoint, written: Written) -> dict[str, Any]:
     """What the exported model still can: its KL to the live policy, its held-out score, the share of the gain kept."""
-    config = context.config
-    before, after = (evaluated_score(context, index) for index in (0, policy.version))
+    config, updates = context.config, context.stage.index
+    assert updates is not None
+    before, after = (evaluated_score(context, index) for index in (0, updates))
+    body: dict[str, Any] = {"score_untrained": before, "score_live": after}
+    if reason := too_large(context.out):
+        return body | {"not_judged": reason}
     exported = Policy.load(
         dataclasses.replace(config.model, source=str(context.out)),
         lora_rank=config.update.lora_rank,
         lora_alpha=config.update.lora_alpha,
         seed=config.train.seed,
+        lora_dtype=config.update.lora_dtype,
         also_train=config.update.also_train,
     )
-    body: dict[str, Any] = {
-        "kl_to_live": kl(live, [log_distributions(exported.model, probe) for probe in probes]),
-        "score_untrained": before,
-        "score_live": after,
-        "score_exported": held_out_score(exported, context),
-    }
+    body["kl_to_live"] = kl(written.live, distributions(exported, written.probes))
+    body["score_exported"] = held_out_score(exported, context)
     body["gain_kept"] = kept(before, after, body["score_exported"])
     if body["gain_kept"] is not None and body["gain_kept"] < GAIN_KEPT:
-        set_residual(policy, exported, checkpoint, Checkpoint(context.out))
+        set_residual(written.changes, exported, checkpoint, Checkpoint(context.out))
         exported.source = "."
         folder = context.out / "residual_adapter"
         folder.mkdir()
         exported.save_adapter(folder)
-        body["kl_with_residual"] = kl(live, [log_distributions(exported.model, probe) for probe in probes])
+        body["kl_with_residual"] = kl(written.live, distributions(exported, written.probes))
         body["score_with_residual"] = held_out_score(exported, context)
         body["gain_kept_with_residual"] = kept(before, after, body["score_with_residual"])
     return body
+
+
+def too_large(folder: Path) -> str:
+    """Why the model in `folder` cannot be put on the card; empty where it can, and without a card."""
+    if not torch.cuda.is_available():
+        return ""
+    needed, (free, _) = sum(path.stat().st_size for path in folder.glob("*.safetensors")), torch.cuda.mem_get_info()
+    packed = Checkpoint(folder).mxfp4  # as large as what was there before, which may keep its embedding elsewhere
+    return "" if packed or needed <= CARD_SHARE * free else f"{needed / 1e9:.1f} GB do not fit {free / 1e9:.1f} GB"
 
 
 def kept(before: float, after: float, exported: float) -> float | None:
@@ -98,9 +156,9 @@ def kept(before: float, after: float, exported: float) -> float | None:
     return (exported - before) / (after - before) if after > before else None
 
 
-def sample(policy: Policy, context: StageContext, *, count: int, prefix: str) -> list[Completion]:
+def sample(engine: Engine, context: StageContext, *, count: int, prefix: str) -> list[Completion]:
     """`count` completions, sampled with the seeds of the evaluation's first ones."""
-    config = context.config
+    config, policy = context.config, engine.policy
     task = registry.get(config.task.name, config.task.option_values())
     (prompt,) = task.prompts(1, 0, config.train.seed)
     prompt_ids = policy.render(prompt.messages)
@@ -117,13 +175,6 @@ def sample(policy: Policy, context: StageContext, *, count: int, prefix: str) ->
         )
         for number in range(count)
     ]
-    rollout = config.rollout
-    engine = Engine(
-        policy,
-        max_slots=rollout.max_slots,
-        max_new_tokens=rollout.max_new_tokens,
-        cache_bytes=rollout.cache_bytes,
-    )
     return engine.run(requests)
 
 
@@ -131,7 +182,8 @@ def held_out_score(policy: Policy, context: StageContext) -> float:
     """The task's first figure, averaged over the policy's programs on the seeds that the evaluations judge them on."""
     config = context.config
     task = registry.get(config.task.name, config.task.option_values())
-    completions = sample(policy, context, count=config.evaluate.programs, prefix="export")
+    with contextlib.closing(engine_of(config, policy)) as engine:
+        completions = sample(engine, context, count=config.evaluate.programs, prefix="export")
     programs = [task.extract(policy.decode(completion.completion_ids)) for completion in completions]
     limits = judging.limits_of(config.sandbox)
     pool = judging.sandbox_of(context, task)
@@ -147,17 +199,16 @@ def evaluated_score(context: StageContext, updates: int) -> float:
     return float(next(row[task.figures[0].name] for row in rows if row["kind"] == "policy"))
 
 
+def distributions(policy: Policy, probes: list[Sample]) -> list[Tensor]:
+    """Log-probabilities float32 [T, V] that predict each probe's completion."""
+    return [completion_distributions(policy, Pack((probe,))) for probe in probes]
+
+
 @torch.no_grad()
-def logits_of(model: Any, probe: Completion) -> Tensor:
+def logits_of(model: Any, probe: Sample) -> Tensor:
     """Logits float32 [T, V] that predict the probe's completion."""
-    device = model.lm_head.weight.device
-    ids = torch.tensor([probe.prompt_ids + probe.completion_ids], device=device)
-    return model(ids, use_cache=False).logits[0, len(probe.prompt_ids) - 1 : -1].float().cpu()
-
-
-def log_distributions(model: Any, probe: Completion) -> Tensor:
-    """Log-probabilities float32 [T, V] that predict the probe's completion."""
-    return logits_of(model, probe).log_softmax(-1)
+    ids = torch.tensor([probe.prompt_ids + probe.completion_ids])
+    return cast(Tensor, model(ids, use_cache=False).logits[0, len(probe.prompt_ids) - 1 : -1].float())
 
 
 def kl(live: list[Tensor], other: list[Tensor]) -> float:
@@ -166,7 +217,7 @@ def kl(live: list[Tensor], other: list[Tensor]) -> float:
     return sum(sums) / sum(len(mine) for mine in live)
 
 
-def check_model(folder: Path, format: str, probes: list[Completion]) -> dict[str, float]:
+def check_model(folder: Path, format: str, probes: list[Sample]) -> dict[str, float]:
     """Loads the folder with transformers and with ours, in float32 and in its own type, and compares the logits."""
     from transformers import AutoModelForCausalLM
 
@@ -177,23 +228,23 @@ def check_model(folder: Path, format: str, probes: list[Completion]) -> dict[str
         if dtype != FORMATS[format]:
             theirs.to(dtype)  # widened only: casting to 16 bits would round RoPE's frequencies, which stay float32
         theirs.eval()
-        ours = build(Checkpoint(folder), experts="dequantized", dtype=dtype, device=theirs.device)
+        ours = build(Checkpoint(folder), experts="dequantized", dtype=dtype)
         figures[name] = difference([(logits_of(ours, p), logits_of(theirs, p)) for p in probes], name)
     return figures
 
 
-def check_adapter(
-    folder: Path, checkpoint: Checkpoint, probes: list[Completion], live: list[Tensor]
-) -> dict[str, float]:
-    """Loads the folder with transformers and with ours, in float32 and in its own type; compares the logits."""
+def check_adapter(folder: Path, base: Path, probes: list[Sample], update: UpdateConfig) -> dict[str, float]:
+    """Loads base model and adapter with transformers and PEFT and with ours, in float32, and compares the logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, attn_implementation="eager", dtype=torch.bfloat16
-    )
-    theirs = PeftModel.from_pretrained(base.to(torch.float32), folder).eval()
-    pairs = [(mine, log_distributions(theirs, probe)) for mine, probe in zip(live, probes, strict=True)]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.bfloat16)
+    theirs = PeftModel.from_pretrained(loaded.to(torch.float32), folder).eval()
+    ours = build(Checkpoint(base), experts="dequantized", dtype=torch.float32)
+    lora.add_lora(ours, rank=update.lora_rank, alpha=update.lora_alpha, dtype=torch.float32, seed=0)
+    full_weights = FullWeights(ours, update.also_train)
+    lora.load_adapter(lora.lora_parameters(ours) + full_weights.parameters(), folder)
+    pairs = [(logits_of(ours, probe), logits_of(theirs, probe)) for probe in probes]
     return {"float32": difference(pairs, "float32")}
 
 

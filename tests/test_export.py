@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,17 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from stages import export
-from stages.config import UserError
-from stages.engine import Completion, Engine, Request, SamplingParams
-from stages.model import merge
+from stages.config import UpdateConfig, UserError
+from stages.engine import Engine, Request, SamplingParams
+from stages.model import excerpt as excerpts
+from stages.model import lora, merge
 from stages.model.checkpoint import Checkpoint
+from stages.model.excerpt import excerpt
 from stages.model.gpt_oss import build
 from stages.model.mxfp4 import dequantize
 from stages.model.policy import Policy
 from stages.tasks import registry
+from stages.trainer import Sample
 from tests.test_engine import make_policy, prompt_of
 
 PROMPT = registry.get("game2048").prompt()
@@ -42,18 +46,32 @@ def policy(base: Path) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def probes(policy: Policy, base: Path) -> list[Completion]:
+def probes(policy: Policy, base: Path) -> list[Sample]:
     policy.tokenizer = AutoTokenizer.from_pretrained(base)
     prompt_ids = policy.render([{"role": "user", "content": PROMPT}])
     requests = [
         Request(completion_id=str(i), prompt_ids=prompt_ids, sampling=SamplingParams(max_new_tokens=60, seed=i))
         for i in range(3)
     ]
-    return Engine(policy, max_slots=3, max_new_tokens=60).run(requests)
+    return [
+        Sample(each.completion_id, each.prompt_ids, each.completion_ids, (), 0.0)
+        for each in Engine(policy, max_slots=3, max_new_tokens=60).run(requests)
+    ]
+
+
+def distributions(model: Any, probes: list[Sample]) -> list[torch.Tensor]:
+    return [export.logits_of(model, probe).log_softmax(-1) for probe in probes]
+
+
+@pytest.mark.parametrize("dense", ["full", "nf4"])
+def test_the_distributions_of_a_policy_are_its_models(dense: str, base: Path, probes: list[Sample]) -> None:
+    policy = make_policy(base, dense=dense)
+    for ours, theirs in zip(export.distributions(policy, probes), distributions(policy.model, probes), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_mxfp4_keeps_the_bytes_of_untouched_experts_and_reports_the_error_of_the_others(
-    policy: Policy, base: Path, probes: list[Completion], tmp_path: Path
+    policy: Policy, base: Path, probes: list[Sample], tmp_path: Path
 ) -> None:
     report = merge.write_merged(policy, Checkpoint(base), tmp_path, format="mxfp4")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -79,30 +97,59 @@ def test_mxfp4_keeps_the_bytes_of_untouched_experts_and_reports_the_error_of_the
 
 @pytest.mark.parametrize("format", ["bf16", "fp16"])
 def test_dense_exports_hold_base_plus_delta_and_transformers_agrees(
-    format: str, policy: Policy, base: Path, probes: list[Completion], tmp_path: Path
+    format: str, policy: Policy, base: Path, probes: list[Sample], tmp_path: Path
 ) -> None:
     merge.write_merged(policy, Checkpoint(base), tmp_path, format=format)
     raw = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in raw
     merged = build(Checkpoint(tmp_path), experts="dequantized", dtype=torch.float32)
-    live = [export.log_distributions(policy.model, probe) for probe in probes]
-    theirs = [export.log_distributions(merged, probe) for probe in probes]
-    untrained = [export.log_distributions(make_policy(base, trained=False).model, probe) for probe in probes]
+    live = export.distributions(policy, probes)
+    theirs = distributions(merged, probes)
+    untrained = export.distributions(make_policy(base, trained=False), probes)
     assert 0 <= export.kl(live, theirs) < 0.05 * export.kl(live, untrained)
     figures = export.check_model(tmp_path, format, probes)
     assert set(figures) == {"float32", {"bf16": "bfloat16", "fp16": "float16"}[format]}
 
 
-def test_peft_s_view_of_an_exported_adapter_is_the_live_policy_s(
-    policy: Policy, base: Path, probes: list[Completion], tmp_path: Path
+@pytest.mark.parametrize("layers", [4, 2])
+def test_peft_s_view_of_an_exported_adapter_is_ours_also_of_a_part(
+    layers: int, policy: Policy, base: Path, probes: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy.save_adapter(tmp_path)
-    live = [export.log_distributions(policy.model, probe) for probe in probes]
-    assert export.check_adapter(tmp_path, Checkpoint(base), probes, live)["float32"] < 1e-4
+    adapter, model = tmp_path / "adapter", base
+    adapter.mkdir()
+    policy.save_adapter(adapter)
+    if layers == 2:
+        adapter, model = excerpt(adapter, 2, tmp_path / "part"), excerpt(base, 2, tmp_path / "model")
+    update = UpdateConfig(lora_rank=policy.lora_rank, lora_alpha=policy.lora_alpha)
+    assert export.check_adapter(adapter, model, probes, update)["float32"] < 1e-4
+    add_lora = lora.add_lora
+    monkeypatch.setattr(lora, "add_lora", lambda *_, alpha, **rest: add_lora(*_, alpha=2 * alpha, **rest))
+    with pytest.raises(UserError, match="differ from ours"):
+        export.check_adapter(adapter, model, probes, update)
+
+
+def test_an_excerpt_is_a_model_of_the_first_layers(base: Path, tmp_path: Path) -> None:
+    whole, part = dict(Checkpoint(base).tensors()), Checkpoint(excerpt(base, 3, tmp_path / "part"))
+    assert part.config.num_hidden_layers == len(part.config.layer_types) == 3
+    for name, tensor in part.tensors():
+        assert torch.equal(tensor, whole.pop(name)), name
+    assert {name.split(".")[2] for name in whole} == {"3"}
+
+
+def test_as_many_layers_are_checked_as_the_memory_holds(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Checkpoint(base).config
+    rest = 2 * config.vocab_size * config.hidden_size
+    monkeypatch.setattr(excerpts, "MEMORY_SHARE", 1.0)
+    dense = sum(
+        each.numel() for each in build(Checkpoint(base), experts="dequantized", dtype=torch.float32).parameters()
+    )
+    for free, layers in ((dense, 4), (dense - 1000, 3), (rest + 5 * (dense - rest) // 8, 2), (rest, 0), (0, 0)):
+        monkeypatch.setattr(excerpts, "available_bytes", lambda free=free: 8 * free)
+        assert excerpts.layers_in_memory(config, copies=2, itemsize=4) == layers
 
 
 def test_a_model_that_is_not_ours_is_refused(
-    policy: Policy, base: Path, probes: list[Completion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, base: Path, probes: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge.write_merged(policy, Checkpoint(base), tmp_path, format="bf16")
     monkeypatch.setattr(export, "build", lambda *_, dtype, **__: build(Checkpoint(base), experts="mxfp4", dtype=dtype))
@@ -137,32 +184,19 @@ def test_a_residual_adapter_brings_back_what_requantising_swallowed(base: Path, 
                 parameter.mul_(0.1)  # far below the grid's step
     merge.write_merged(policy, Checkpoint(base), tmp_path, format="mxfp4")
     exported = make_policy(tmp_path, trained=False)
-    probes = [
-        Completion(
-            completion_id="a",
-            prompt_ids=prompt_of(30, seed),
-            completion_ids=prompt_of(100, seed + 3),
-            engine_logprobs=(0.0,) * 100,
-            finish_reason="length",
-            seed=0,
-        )
-        for seed in range(6)
-    ]
+    probes = [Sample("a", prompt_of(30, seed), prompt_of(100, seed + 3), (), 0.0) for seed in range(6)]
 
-    def distributions(model: torch.nn.Module) -> list[torch.Tensor]:
-        return [export.log_distributions(model, probe) for probe in probes]
-
-    live = distributions(policy.model)
-    without = export.kl(live, distributions(exported.model))
-    merge.set_residual(policy, exported, Checkpoint(base), Checkpoint(tmp_path))
-    with_residual = export.kl(live, distributions(exported.model))
+    live = export.distributions(policy, probes)
+    without = export.kl(live, export.distributions(exported, probes))
+    merge.set_residual(merge.Changes.of(policy), exported, Checkpoint(base), Checkpoint(tmp_path))
+    with_residual = export.kl(live, export.distributions(exported, probes))
     assert with_residual < 0.5 * without  # routers that flip at a near tie keep it from 0
     folder = tmp_path / "residual"
     folder.mkdir()
     exported.save_adapter(folder)
     again = make_policy(tmp_path, trained=False)
     again.load_adapter(folder, version=1)
-    assert export.kl(live, distributions(again.model)) == pytest.approx(with_residual, rel=1e-4)
+    assert export.kl(live, export.distributions(again, probes)) == pytest.approx(with_residual, rel=1e-4)
 
 
 def test_the_share_of_the_gain_is_none_where_there_is_none() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.artifacts import StageContext
+from stages.config import RunConfig
 from stages.engine.cache import Cache
 from stages.engine.paged_engine import PagedEngine, Stats
 from stages.engine.routes import SlotRoutes, row_shape, taken
@@ -203,9 +204,15 @@ class Engine:
 
 def live_engine(context: StageContext, policy: Policy) -> Engine:
     """The session's one engine for its policy, as the configuration's rollout section has it."""
-    rollout = context.config.rollout
-    sizes = {"max_slots": rollout.max_slots, "max_new_tokens": rollout.max_new_tokens}
-    record = context.config.update.replay_routes
-    return context.session.get(
-        "engine", lambda: Engine(policy, **sizes, cache_bytes=rollout.cache_bytes, record_routes=record)
+    return context.session.get("engine", lambda: engine_of(context.config, policy))
+
+
+def engine_of(config: RunConfig, policy: Policy) -> Engine:
+    """An engine for that policy, as the configuration's rollout section has it."""
+    return Engine(
+        policy,
+        max_slots=config.rollout.max_slots,
+        max_new_tokens=config.rollout.max_new_tokens,
+        cache_bytes=config.rollout.cache_bytes,
+        record_routes=config.update.replay_routes,
     )

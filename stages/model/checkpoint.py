@@ -162,6 +162,12 @@ class Checkpoint:
                 for name in sorted(key for key, owner in self._file_of.items() if owner == path):
                     yield name, file.get_tensor(name)
 
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name. Raises UserError when the data cannot be read."""
+        with _open(self._file_of[name]) as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
     def _check(self) -> None:
         shapes = expected_shapes(self.config, mxfp4=self.mxfp4)
         missing = sorted(shapes.keys() - self._file_of.keys())

@@ -22,6 +22,7 @@ from stages.model.policy import Policy
 SHARD_BYTES = 4 << 30
 FORMATS = {"mxfp4": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}  # of what is not packed
 STACKS = {"gate_up_proj": "gate_up", "down_proj": "down"}
+OVERSAMPLED, ITERATIONS = 16, 4  # of the singular values: drawn beyond the rank, and rounds
 
 
 class Delta(NamedTuple):
@@ -31,9 +32,34 @@ class Delta(NamedTuple):
     b: Tensor  # [..., out, r]
     scale: float
 
-    def matrix(self) -> Tensor:
-        """float32 [..., out, in]."""
-        return self.b.float() @ self.a.float() * self.scale
+    def matrices(self, device: torch.device) -> Iterator[Tensor]:
+        """float32 [out, in] on `device` of each matrix, one at a time."""
+        for a, b in zip(self.a.view(-1, *self.a.shape[-2:]), self.b.view(-1, *self.b.shape[-2:]), strict=True):
+            yield b.to(device, torch.float32) @ a.to(device, torch.float32) * self.scale
+
+
+class Changes(NamedTuple):
+    """What training has made of a checkpoint, on the CPU; by the tensors' names there, experts without a suffix."""
+
+    deltas: dict[str, Delta]
+    full_weights: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Changes":
+        found = {}
+        for index, layer in enumerate(policy.model.model.layers):
+            prefix = f"model.layers.{index}"
+            for target in ATTENTION_TARGETS:
+                linear: Any = getattr(layer.self_attn, target)
+                found[f"{prefix}.self_attn.{target}.weight"] = _delta(linear)
+            for stack, name in STACKS.items():
+                found[f"{prefix}.mlp.experts.{stack}"] = _delta(getattr(layer.mlp.experts, f"{name}_lora"))
+        full = {name: parameter.detach().cpu() for name, parameter in policy.full_weights.parameters()}
+        return cls(found, full)
+
+
+def _delta(factors: Any) -> Delta:
+    return Delta(factors.a.detach().cpu(), factors.b.detach().cpu(), factors.scale)
 
 
 class Requantized(NamedTuple):
@@ -45,27 +71,13 @@ class Requantized(NamedTuple):
     error_norm: float  # of what the stored weights miss of base plus delta
 
 
-def deltas(policy: Policy) -> dict[str, Delta]:
-    """The adapter's change of each tensor, by the tensor's name in a checkpoint (experts without a suffix)."""
-    found = {}
-    for index, layer in enumerate(policy.model.model.layers):
-        prefix = f"model.layers.{index}"
-        for target in ATTENTION_TARGETS:
-            linear: Any = getattr(layer.self_attn, target)
-            found[f"{prefix}.self_attn.{target}.weight"] = Delta(linear.a.detach(), linear.b.detach(), linear.scale)
-        for stack, name in STACKS.items():
-            factors: Any = getattr(layer.mlp.experts, f"{name}_lora")
-            found[f"{prefix}.mlp.experts.{stack}"] = Delta(factors.a.detach(), factors.b.detach(), factors.scale)
-    return found
-
-
 def write_merged(policy: Policy, checkpoint: Checkpoint, folder: Path, *, format: str) -> list[Requantized]:
     """Writes base plus adapter as a folder that transformers loads; says what re-quantising lost, stack by stack.
 
     format: mxfp4 keeps the bytes of every expert without a delta and re-quantises the others; fp16 and bf16 are dense.
     """
     report: list[Requantized] = []
-    names = _write_shards(_merged(policy, checkpoint, format, report), folder)
+    names = _write_shards(_merged(Changes.of(policy), checkpoint, format, report, policy.device), folder)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if len(set(names.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": names}
@@ -94,10 +106,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _merged(
-    policy: Policy, checkpoint: Checkpoint, format: str, report: list[Requantized]
+    changes: Changes, checkpoint: Checkpoint, format: str, report: list[Requantized], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    changes, dtype = deltas(policy), FORMATS[format]
-    trained = dict(policy.full_weights.parameters())
+    """The tensors to write, on the CPU; `device` is where they are worked out, an expert at a time."""
+    dtype = FORMATS[format]
     pending: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors():
         stem = name.removesuffix("_blocks").removesuffix("_scales")
@@ -107,38 +119,56 @@ def _merged(
                 continue
             stored = Mxfp4(pending.pop(f"{stem}_blocks"), pending.pop(f"{stem}_scales"))
             if format == "mxfp4":
-                packed = _requantized(stem, stored, changes[stem], report)
+                packed = _requantized(stem, stored, changes.deltas[stem].matrices(device), report)
                 yield f"{stem}_blocks", packed.blocks
                 yield f"{stem}_scales", packed.scales
             else:
-                base = dequantize(*stored, torch.float32)
-                yield stem, (base + changes[stem].matrix().cpu()).mT.to(dtype).contiguous()
+                yield stem, _dense_stack(_experts(stored), changes.deltas[stem].matrices(device), dtype)
         elif stem.endswith(tuple(STACKS)):  # a dense stack [E, in, out]
-            merged = tensor.float().mT + changes[stem].matrix().cpu()
+            experts = (expert.float().mT for expert in tensor)
             if format == "mxfp4":
-                packed = quantize(merged)
-                yield f"{stem}_blocks", packed.blocks
-                yield f"{stem}_scales", packed.scales
+                added = changes.deltas[stem].matrices(device)
+                quantized = [
+                    quantize(base.to(delta.device) + delta) for base, delta in zip(experts, added, strict=True)
+                ]
+                yield f"{stem}_blocks", torch.stack([expert.blocks.cpu() for expert in quantized])
+                yield f"{stem}_scales", torch.stack([expert.scales.cpu() for expert in quantized])
             else:
-                yield stem, merged.mT.to(dtype).contiguous()
-        elif name in changes:
-            yield name, (tensor.float() + changes[name].matrix().cpu()).to(dtype)
-        elif name in trained:
-            yield name, trained[name].detach().cpu().to(dtype)
+                yield stem, _dense_stack(experts, changes.deltas[stem].matrices(device), dtype)
+        elif name in changes.deltas:
+            (delta,) = changes.deltas[name].matrices(device)
+            yield name, (tensor.to(device, torch.float32) + delta).to("cpu", dtype)
+        elif name in changes.full_weights:
+            yield name, changes.full_weights[name].to(dtype)
         else:
             yield name, tensor.to(dtype)
 
 
-def _requantized(name: str, stored: Mxfp4, change: Delta, report: list[Requantized]) -> Mxfp4:
+def _experts(stored: Mxfp4) -> Iterator[Tensor]:
+    """float32 [out, in] of each expert."""
+    for blocks, scales in zip(*stored, strict=True):
+        yield dequantize(blocks, scales, torch.float32)
+
+
+def _dense_stack(experts: Iterator[Tensor], added: Iterator[Tensor], dtype: torch.dtype) -> Tensor:
+    """[E, in, out] in `dtype`, as transformers' dense layout has it."""
+    return torch.stack(
+        [(base.to(delta.device) + delta).mT.to("cpu", dtype) for base, delta in zip(experts, added, strict=True)]
+    )
+
+
+def _requantized(name: str, stored: Mxfp4, added: Iterator[Tensor], report: list[Requantized]) -> Mxfp4:
     """The stack with its changed experts quantised anew and the others' bytes untouched."""
     blocks, scales = stored.blocks.clone(), stored.scales.clone()
     changed, delta_square, error_square = 0, 0.0, 0.0
-    for expert, delta in enumerate(change.matrix().cpu()):
+    for expert, delta in enumerate(added):
         if not delta.any():
             continue
-        wanted = dequantize(stored.blocks[expert], stored.scales[expert], torch.float32) + delta
-        blocks[expert], scales[expert] = quantize(wanted)
-        error = dequantize(blocks[expert], scales[expert], torch.float32) - wanted
+        base = Mxfp4(stored.blocks[expert].to(delta.device), stored.scales[expert].to(delta.device))
+        wanted = dequantize(*base, torch.float32) + delta
+        found = quantize(wanted)
+        error = dequantize(*found, torch.float32) - wanted
+        blocks[expert], scales[expert] = found.blocks.cpu(), found.scales.cpu()
         delta_square += float(delta.double().square().sum())
         error_square += float(error.double().square().sum())
         changed += 1
@@ -169,31 +199,31 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[s
     return {name: titles[part] for name, part in owners.items()}
 
 
-def set_residual(policy: Policy, exported: Policy, base: Checkpoint, stored: Checkpoint) -> None:
-    """Makes `exported`'s adapter the best low-rank correction towards `policy`: what re-quantising swallowed.
+def set_residual(changes: Changes, exported: Policy, base: Checkpoint, stored: Checkpoint) -> None:
+    """Makes `exported`'s adapter the best low-rank correction towards what training made: what re-quantising swallowed.
 
     Each matrix's residual (base + delta - what the export stores) is cut to the adapter's rank by a truncated singular
-    value decomposition (Eckart and Young 1936); expert by expert, in float32. Weights trained in full, which the export
-    rounds to 16 bits, are those of `policy`.
+    value decomposition (Eckart and Young 1936), found by subspace iteration (Halko et al. 2011); matrix by matrix, in
+    float32. Weights trained in full, which the export rounds to 16 bits, are those of training.
     """
-    changes, room = deltas(policy), dict(exported.parameters())
-    before, after = dict(_dense(base)), dict(_dense(stored))
-    for name, change in changes.items():
-        residual = before[name] + change.matrix().cpu() - after[name]
-        owner = _parameter_stem(name)
-        a, b = room[f"{owner}.a"], room[f"{owner}.b"]
-        scale = exported.lora_alpha / exported.lora_rank
-        left, values, right = torch.linalg.svd(residual, full_matrices=False)
-        rank = min(a.shape[-2], values.shape[-1])
-        root = (values[..., :rank] / scale).sqrt()
-        with torch.no_grad():
-            a.zero_()
-            b.zero_()
-            a[..., :rank, :] = root.unsqueeze(-1) * right[..., :rank, :]
-            b[..., :, :rank] = left[..., :, :rank] * root.unsqueeze(-2)
-    with torch.no_grad():
-        for name, parameter in policy.full_weights.parameters():
-            room[name].copy_(parameter)
+    room, device = dict(exported.parameters()), exported.device
+    scale = exported.lora_alpha / exported.lora_rank
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # of the iteration's start
+        for name, change in changes.deltas.items():
+            owner = _parameter_stem(name)
+            a, b = (room[f"{owner}.{factor}"].zero_() for factor in "ab")
+            parts = zip(_matrices(base, name), change.matrices(device), _matrices(stored, name), strict=True)
+            for index, (before, delta, after) in enumerate(parts):
+                residual = before.to(device) + delta - after.to(device)
+                rank = min(exported.lora_rank, *residual.shape)
+                drawn = min(rank + OVERSAMPLED, *residual.shape)
+                left, values, right = torch.svd_lowrank(residual, q=drawn, niter=ITERATIONS)
+                root = (values[:rank] / scale).sqrt()
+                a.view(-1, *a.shape[-2:])[index, :rank] = root[:, None] * right[:, :rank].mT
+                b.view(-1, *b.shape[-2:])[index, :, :rank] = left[:, :rank] * root
+        for name, tensor in changes.full_weights.items():
+            room[name].copy_(tensor)
 
 
 def _parameter_stem(name: str) -> str:
@@ -204,16 +234,12 @@ def _parameter_stem(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _dense(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Attention projections and expert stacks as float32 [..., out, in]."""
-    pending: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.tensors():
-        stem = name.removesuffix("_blocks").removesuffix("_scales")
-        if stem != name:
-            pending[name] = tensor
-            if {f"{stem}_blocks", f"{stem}_scales"} <= pending.keys():
-                yield stem, dequantize(pending.pop(f"{stem}_blocks"), pending.pop(f"{stem}_scales"), torch.float32)
-        elif name.endswith(tuple(STACKS)):
-            yield name, tensor.float().mT
-        elif name.endswith(tuple(f"{target}.weight" for target in ATTENTION_TARGETS)):
-            yield name, tensor.float()
+def _matrices(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """float32 [out, in] of each expert of a stack, or of one projection."""
+    if name.endswith(".weight"):
+        yield checkpoint.tensor(name).float()
+    elif checkpoint.mxfp4:
+        yield from _experts(Mxfp4(checkpoint.tensor(f"{name}_blocks"), checkpoint.tensor(f"{name}_scales")))
+    else:
+        for expert in checkpoint.tensor(name):
+            yield expert.float().mT

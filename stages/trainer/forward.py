@@ -23,11 +23,13 @@ from stages.kernels.routing import trained_router_logits
 from stages.kernels.trained_experts import Tiling
 from stages.kernels.trained_linear import trained_linear
 from stages.model.lora import projection
-from stages.model.nf4 import Nf4Head
+from stages.model.nf4 import Nf4Head, unembed
 from stages.model.policy import Policy
 from stages.trainer.offload import LayerStore
 from stages.trainer.plan import PLANS, Plan
-from stages.trainer.samples import Pack
+from stages.trainer.samples import Pack, PackTensors
+
+DISTRIBUTIONS_AT_ONCE = 64  # tokens; 0.1 GB of the card with gpt-oss's vocabulary
 
 
 class TokenLogprobs(NamedTuple):
@@ -78,8 +80,47 @@ def completion_logprobs(
     choices int64 [T, k]. recompute: whether blocks are computed again in backward; None is on a card, not on the CPU.
     plan: what is worked on at once.
     """
+    tensors = pack.tensors(policy.device)
+    hidden = _predicting(
+        policy,
+        pack,
+        tensors,
+        store=store,
+        replay_routes=replay_routes,
+        routes=routes,
+        recompute=recompute,
+        plan=plan,
+    )
+    head: Any = policy.model.lm_head
+    unembedding = head if isinstance(head, Nf4Head) else head.weight
+    found = token_logprobs(hidden, unembedding, tensors.targets, temperature=temperature, tile=plan.vocabulary)
+    return TokenLogprobs(*found)
+
+
+@torch.no_grad()
+def completion_distributions(policy: Policy, pack: Pack) -> Tensor:
+    """Log-probabilities float32 [tokens, V] of all that could stand at each place of a pack's completions, on the CPU.
+
+    Little of the card is used at once; what comes back is large: 0.8 MB a token of gpt-oss's vocabulary.
+    """
+    hidden = _predicting(policy, pack, pack.tensors(policy.device), plan=PLANS[-1])
+    parts = hidden.split(DISTRIBUTIONS_AT_ONCE)
+    return torch.cat([unembed(policy.model.lm_head, part).log_softmax(-1).cpu() for part in parts])
+
+
+def _predicting(
+    policy: Policy,
+    pack: Pack,
+    tensors: PackTensors,
+    *,
+    store: LayerStore | None = None,
+    replay_routes: bool = False,
+    routes: list[Tensor] | None = None,
+    recompute: bool | None = None,
+    plan: Plan,
+) -> Tensor:
+    """The last norm's output [all completion tokens, D] of the tokens that each one follows; as completion_logprobs."""
     device = policy.device
-    tensors = pack.tensors(device)
     replayed = pack.routes(device) if replay_routes else None
     if replay_routes and replayed is None:
         raise ValueError("the samples have no recorded routes to replay")
@@ -109,11 +150,7 @@ def completion_logprobs(
             stream = stream + block.run(rms_norm(stream, block.weight, dtype=policy.dtype, eps=eps), wanted)
     # an embedding's backward adds rows up in a fixed order
     rows = F.embedding(tensors.predicting, stream)
-    hidden = rms_norm(rows, decoder.norm.weight, dtype=policy.dtype, eps=eps)
-    head: Any = policy.model.lm_head
-    unembedding = head if isinstance(head, Nf4Head) else head.weight
-    found = token_logprobs(hidden, unembedding, tensors.targets, temperature=temperature, tile=plan.vocabulary)
-    return TokenLogprobs(*found)
+    return rms_norm(rows, decoder.norm.weight, dtype=policy.dtype, eps=eps)
 
 
 class _Recomputed(torch.autograd.Function):
