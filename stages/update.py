@@ -59,20 +59,12 @@ class Scored(NamedTuple):
 def run(context: StageContext) -> None:
     """Trains the policy of version `context.stage.index` one version on.
 
-    No gradient is left on the card, whatever comes. Raises UserError where the update cannot fit the card's memory,
-    before it begins or in the middle.
+    No gradient is left on the card, whatever comes. Raises UserError where the update cannot fit the card's memory.
     """
     assert context.stage.index is not None
     policy = live_policy(context, context.stage.index)
     try:
         train(context, policy, context.stage.index)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the card's memory ran out in the update of iteration {context.stage.index}: {reason}",
-            "end what else uses the card, or set update.memory_bytes to what this run may take of it; then "
-            "`flexsink resume` goes on from here",
-        ) from None
     finally:
         for _, parameter in policy.parameters():
             parameter.grad = None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GptOssForCausalLM
 
+from stages.config import UserError
 from stages.engine import Completion, Engine, Request, SamplingParams
 from stages.engine.sampler import Sampler, uniforms
 from stages.engine.scheduler import Scheduler
@@ -282,8 +283,8 @@ def test_requests_that_cannot_be_served_are_refused_before_anything_runs(policy:
     engine = Engine(policy, max_slots=1, max_new_tokens=8)
     good = Request(completion_id="a", prompt_ids=(5,), sampling=SamplingParams(max_new_tokens=8))
 
-    def refuse(match: str, *requests: Request) -> None:
-        with pytest.raises(ValueError, match=match):
+    def refuse(match: str, *requests: Request, kind: type[Exception] = ValueError) -> None:
+        with pytest.raises(kind, match=match):
             engine.run([good, *requests])
 
     params = SamplingParams(max_new_tokens=8)
@@ -291,7 +292,8 @@ def test_requests_that_cannot_be_served_are_refused_before_anything_runs(policy:
     refuse("empty prompt", Request(completion_id="b", prompt_ids=(), sampling=params))
     refuse("allows 8", Request(completion_id="b", prompt_ids=(5,), sampling=SamplingParams(max_new_tokens=9)))
     refuse("vocabulary of 256", Request(completion_id="b", prompt_ids=(256,), sampling=params))
-    refuse("context is 131072", Request(completion_id="b", prompt_ids=(5,) * 131070, sampling=params))
+    too_long = Request(completion_id="b", prompt_ids=(5,) * 131070, sampling=params)
+    refuse("context is 131072", too_long, kind=UserError)
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SamplingParams(**({"max_new_tokens": 1} | bad))

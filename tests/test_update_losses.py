@@ -173,7 +173,7 @@ def test_memory_that_runs_out_is_an_error_with_a_hint_and_leaves_no_gradient(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nmore")
 
     monkeypatch.setattr(update, "policy_loss", runs_out)
-    with pytest.raises(UserError, match="update of iteration 0: CUDA out of memory") as caught:
+    with pytest.raises(UserError, match="memory ran out in update 0: CUDA out of memory") as caught:
         updated(sampled, session, tmp_path / "run", [])
     assert "update.memory_bytes" in str(caught.value.hint)
     assert not RunDir(tmp_path / "run").folder(UPDATE).exists()

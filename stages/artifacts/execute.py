@@ -81,8 +81,8 @@ def execute(
 
     where: recorded in the manifest: the runner, and the image of a container.
 
-    Errors: UserError when the upstream is missing or damaged, the disk is full, the folder cannot be written; whatever
-    `function` raises. After an error the run directory is as it was, but for `.tmp-<key>`.
+    Errors: UserError when the upstream is missing or damaged, the disk or the card is full, the folder cannot be
+    written; whatever else `function` raises. After an error the run directory is as it was, but for `.tmp-<key>`.
     """
     folder = run.folder(stage)
     digests = {other: finished_digest(run, other, stage) for other in upstream_of(stage)}
@@ -107,7 +107,7 @@ def execute(
             upstream=upstream_of(stage),
         )
         started = time.perf_counter()
-        function(context)
+        make(context, function)
         write_timings(context, time.perf_counter() - started)
         sync_all(temporary)
         made = recorded(task=config.task.name, **{"runner": "process", **where})
@@ -118,6 +118,20 @@ def execute(
         fsync(folder.parent)
         remove_journals(folder)
     return manifest
+
+
+def make(context: StageContext, function: Callable[[StageContext], None]) -> None:
+    """Runs the stage. UserError instead of torch's error when the card's memory runs out."""
+    try:
+        function(context)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # nothing here imports torch
+            raise
+        raise UserError(
+            f"the card's memory ran out in {context.stage}: {str(error).splitlines()[0]}",
+            "end what else uses the card, or let the run take less of it by update.memory_bytes and "
+            f"rollout.cache_bytes; then: flexsink resume {context.run.path}",
+        ) from None
 
 
 def remove_journals(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.artifacts import StageContext
-from stages.config import RunConfig
+from stages.config import RunConfig, UserError
 from stages.engine.cache import Cache
 from stages.engine.paged_engine import PagedEngine, Stats
 from stages.engine.routes import SlotRoutes, row_shape, taken
@@ -101,7 +101,8 @@ class Engine:
 
         on_finished is called with each completion as soon as it ends; on_step after each step with the number of tokens
         it sampled. Requests of one prompt should stand together: the prompt is computed once and freed after the last
-        of them. Raises ValueError on a request that cannot be served, before anything is sampled.
+        of them. Raises, before anything is sampled, ValueError on a request that makes no sense, UserError on one too
+        long for the model or the cache.
         """
         check_unique(requests)
         for request in requests:
@@ -196,7 +197,10 @@ class Engine:
         if wanted > self.max_new_tokens:
             raise ValueError(f"request {name} asks for {wanted} new tokens, this engine allows {self.max_new_tokens}")
         if length + wanted > context:
-            raise ValueError(f"request {name} needs {length} + {wanted} tokens, the model's context is {context}")
+            raise UserError(
+                f"request {name} needs {length} + {wanted} tokens, the model's context is {context}",
+                f"start a new run with rollout.max_new_tokens={context - length} or less",
+            )
         largest = self.policy.model.config.vocab_size
         if not all(0 <= token < largest for token in request.prompt_ids):
             raise ValueError(f"request {name} has a token id outside the vocabulary of {largest}")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from stages.config import UserError
 from stages.engine.device_memory import CacheMemory, cache_memory
 from stages.engine.graphs import Graphs
 from stages.engine.paged_cache import PagedCache, Sizes
@@ -167,10 +168,11 @@ class PagedEngine:
         affordable = sizes.pages_in(budget)
         if affordable < 1 + needs[0]:
             least = sizes.rings + (1 + needs[0]) * sizes.page
-            raise ValueError(
+            raise UserError(
                 f"a cache of {budget / 2**30:.2f} GiB cannot hold the longest request, {needs[0] * PAGE} tokens beside "
-                f"the windows of {self.max_slots} slots: it takes {least / 2**30:.2f} GiB; raise rollout.cache_bytes, "
-                "or lower rollout.max_slots or rollout.max_new_tokens"
+                f"the windows of {self.max_slots} slots: it takes {least / 2**30:.2f} GiB",
+                "resume with more rollout.cache_bytes, or start a new run with fewer rollout.max_slots or "
+                "rollout.max_new_tokens",
             )
         return min(affordable, useful)
 
