@@ -75,7 +75,7 @@ def resolved(config: RunConfig) -> RunConfig:
             f"{config.rollout.max_new_tokens}: no completion could escape the penalty",
             f"for example update.overlong_tokens={config.rollout.max_new_tokens // 5}",
         )
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     registry.check(config.task.name, config.task.option_values())
     options = tuple(dataclasses.asdict(task.options).items())
     return dataclasses.replace(config, task=dataclasses.replace(config.task, options=options))

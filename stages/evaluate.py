@@ -37,7 +37,7 @@ def run(context: StageContext) -> None:
     """Evaluates the policy that has had `context.stage.index` updates."""
     config, updates = context.config, context.stage.index
     assert updates is not None
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     completions = sample(context, task, updates)
     programs = [(completion_id, task.extract(text)) for completion_id, text in sorted(completions.items())]
     attempts = judging.held_out(programs, task=task, games=config.evaluate.games)

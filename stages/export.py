@@ -159,7 +159,7 @@ def kept(before: float, after: float, exported: float) -> float | None:
 def sample(engine: Engine, context: StageContext, *, count: int, prefix: str) -> list[Completion]:
     """`count` completions, sampled with the seeds of the evaluation's first ones."""
     config, policy = context.config, engine.policy
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     (prompt,) = task.prompts(1, 0, config.train.seed)
     prompt_ids = policy.render(prompt.messages)
     requests = [
@@ -181,7 +181,7 @@ def sample(engine: Engine, context: StageContext, *, count: int, prefix: str) ->
 def held_out_score(policy: Policy, context: StageContext) -> float:
     """The task's first figure, averaged over the policy's programs on the seeds that the evaluations judge them on."""
     config = context.config
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     with contextlib.closing(engine_of(config, policy)) as engine:
         completions = sample(engine, context, count=config.evaluate.programs, prefix="export")
     programs = [task.extract(policy.decode(completion.completion_ids)) for completion in completions]
@@ -194,7 +194,7 @@ def held_out_score(policy: Policy, context: StageContext) -> float:
 
 def evaluated_score(context: StageContext, updates: int) -> float:
     """The policy's first figure in the evaluation after `updates` updates."""
-    task = registry.get(context.config.task.name, context.config.task.option_values())
+    task = registry.of(context.config)
     rows = read_table(context.input(StageId("evaluate", updates)), "summary", SUMMARY).to_pylist()
     return float(next(row[task.figures[0].name] for row in rows if row["kind"] == "policy"))
 

@@ -27,7 +27,7 @@ def run(context: StageContext) -> None:
     config, iteration = context.config, context.stage.index
     assert iteration is not None
     policy = live_policy(context, iteration)
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     prompts = task.prompts(config.rollout.prompts, iteration, config.train.seed)
     rows: dict[str, dict[str, Any]] = {}
     requests = []

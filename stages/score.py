@@ -25,7 +25,7 @@ def run(context: StageContext) -> None:
     """Judges the completions of iteration `context.stage.index`."""
     config, iteration = context.config, context.stage.index
     assert iteration is not None
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     columns = ["completion_id", "group_index", "completion"]
     folder = context.input(StageId("rollout", iteration))
     rollouts = read_table(folder, "rollouts", ROLLOUTS, columns=columns).to_pylist()

@@ -108,7 +108,7 @@ def load(context: StageContext) -> None:
 
 def rollout(context: StageContext) -> None:
     config, i, began = context.config, context.stage.index or 0, time.perf_counter()
-    prompt = registry.get(config.task.name, config.task.option_values()).prompt()
+    prompt = registry.of(config).prompt()
     rows = []
     for group in range(config.rollout.prompts):
         for sample in range(config.rollout.group_size):
@@ -142,7 +142,7 @@ def rollout(context: StageContext) -> None:
 
 
 def score(context: StageContext) -> None:
-    task = registry.get(context.config.task.name, context.config.task.option_values())
+    task = registry.of(context.config)
     rows = read_table(context.input(StageId("rollout", context.stage.index)), "rollouts", ROLLOUTS).to_pylist()
     judged = []
     for row in rows:
@@ -213,7 +213,7 @@ def update(context: StageContext) -> None:
 
 def evaluate(context: StageContext) -> None:
     config = context.config
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     rows = []
     for n in range(config.evaluate.programs):
         draw = random.Random(f"{context.stage.index}-{n}")

@@ -82,7 +82,7 @@ def prepared(folder):
 
 
 def pipes(config, **options):
-    return PipePool(registry.get(config.task.name, config.task.option_values()).harness_source(), **options)
+    return PipePool(registry.of(config).harness_source(), **options)
 
 
 def evaluated(run, config, pool, report=lambda progress: None):
@@ -243,7 +243,7 @@ def test_progress_ends_with_all_completions_and_all_programs(tmp_path):
 
 def test_play_held_out_gives_what_the_evaluation_gave(done):
     _, config, rows, _ = done
-    task = registry.get(config.task.name, config.task.option_values())
+    task = registry.of(config)
     scores = judging.play_held_out(
         [row["program"] for row in rows[:12]],
         task=task,

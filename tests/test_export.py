@@ -136,6 +136,18 @@ def test_an_excerpt_is_a_model_of_the_first_layers(base: Path, tmp_path: Path) -
     assert {name.split(".")[2] for name in whole} == {"3"}
 
 
+def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert excerpts.available_bytes() > 100 << 20
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    used.write_text("1000\n")
+    monkeypatch.setattr(excerpts, "CGROUPS", ((tmp_path / "none", used), (limit, used)))
+    for text, free in (("5000\n", 4000), ("500\n", 0)):
+        limit.write_text(text)
+        assert excerpts.available_bytes() == free
+    limit.write_text("max\n")
+    assert excerpts.available_bytes() > 100 << 20
+
+
 def test_as_many_layers_are_checked_as_the_memory_holds(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Checkpoint(base).config
     rest = 2 * config.vocab_size * config.hidden_size

@@ -222,7 +222,7 @@ def test_a_rollout_whose_programs_are_judged_meanwhile_ends_with_the_same_bytes(
     made: dict[bool, list[Manifest]] = {}
     for hooked in (False, True):
         run = RunDir.create(tmp_path / f"run-{hooked}", config)
-        task = registry.get(config.task.name, config.task.option_values())
+        task = registry.of(config)
         harnesses = {task.name: task.harness_source()}
         seen: list[tuple[int, int]] = []
         with open_pool(config.sandbox, harnesses=harnesses, labels=run.labels()) as pool, Session() as session:

@@ -85,7 +85,7 @@ def prepared(folder, completions=COMPLETIONS, **task):
 
 
 def pipes(config, **options):
-    return PipePool(registry.get(config.task.name, config.task.option_values()).harness_source(), **options)
+    return PipePool(registry.of(config).harness_source(), **options)
 
 
 def scored(run, config, pool, report=lambda progress: None):
@@ -225,7 +225,7 @@ def test_containers_killed_in_mid_run_lose_no_verdict_and_double_none(tmp_path):
     run, config = prepared(tmp_path / "killed", completions)
     counts, killed, killers = [], [], []
     with Session() as session:
-        task = registry.get(config.task.name, config.task.option_values())
+        task = registry.of(config)
         pool = session.get(
             "sandbox",
             lambda: judging.open_pool(
