@@ -55,11 +55,14 @@ def test_there_is_never_a_second_policy_beside_the_live_one(tmp_path: Path, monk
     if torch.cuda.is_available():
         pytest.skip("the test below does it on the card")
     loaded = watch_loads(monkeypatch)
+    monkeypatch.setattr(export, "kept", lambda *_: 0.5)  # so that there is a residual adapter
     _, body = exported(tmp_path / "run", ["model.dense=nf4", "model.offload_embedding=true"])
     assert loaded == [0, 0]
     assert body["reloaded_layers"] == 4
     assert 0 <= body["kl_to_live"] < 0.01
+    assert body["kl_with_residual"] < body["kl_to_live"]
     assert body["score_exported"] > 0
+    assert "score_with_residual" in body
 
 
 def test_what_the_host_cannot_hold_is_checked_in_part_and_what_the_card_cannot_is_not_judged(
@@ -84,12 +87,13 @@ def test_on_the_card_the_export_is_judged_in_the_live_policys_place(
     dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = watch_loads(monkeypatch)
+    monkeypatch.setattr(export, "kept", lambda *_: 0.5)  # so that there is a residual adapter
     settings = ["model.experts=mxfp4", "model.dtype=bfloat16", f"model.dense={dense}", "model.offload_embedding=true"]
     _, body = exported(tmp_path / "run", settings)
     assert loaded == [0, 0]
     assert body["reload"]["float32"] < 1e-4
     assert 0 <= body["kl_to_live"] < 0.05
-    assert "score_exported" in body
+    assert {"score_exported", "score_with_residual"} <= body.keys()
 
 
 @pytest.mark.parametrize(("free", "fits"), [(10**9, True), (10**6, False)])

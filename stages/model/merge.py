@@ -77,11 +77,7 @@ def write_merged(policy: Policy, checkpoint: Checkpoint, folder: Path, *, format
     format: mxfp4 keeps the bytes of every expert without a delta and re-quantises the others; fp16 and bf16 are dense.
     """
     report: list[Requantized] = []
-    names = _write_shards(_merged(Changes.of(policy), checkpoint, format, report, policy.device), folder)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if len(set(names.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": names}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_shards(_merged(Changes.of(policy), checkpoint, format, report, policy.device), folder)
     raw = json.loads((checkpoint.folder / "config.json").read_text())
     raw.pop("torch_dtype", None)
     raw["dtype"] = str(FORMATS[format]).removeprefix("torch.")
@@ -176,8 +172,8 @@ def _requantized(name: str, stored: Mxfp4, added: Iterator[Tensor], report: list
     return Mxfp4(blocks, scales)
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, str]:
-    """Writes tensors in files of at most SHARD_BYTES (or one tensor); returns the file of each name."""
+def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Writes named tensors in files of at most SHARD_BYTES (or one tensor), with an index where there are several."""
     owners: dict[str, int] = {}
     shard: dict[str, Tensor] = {}
     number = 0
@@ -196,7 +192,13 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[s
     titles = titles if number else ["model.safetensors"]
     for part, title in enumerate(titles):
         (folder / f"part-{part}.safetensors").rename(folder / title)
-    return {name: titles[part] for name, part in owners.items()}
+    if number:
+        total = sum((folder / title).stat().st_size for title in titles)
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: titles[part] for name, part in owners.items()},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def set_residual(changes: Changes, exported: Policy, base: Checkpoint, stored: Checkpoint) -> None:

@@ -3,7 +3,7 @@
     python -m tests.bench.on_gpu --out build/gpu --cards 0,1 [--only tests,update]
 
 Each job is a command of its own, on a card that nothing else uses meanwhile; every card takes the next job of JOBS when
-it is done with one. NAME.log is what a job printed, NAME.json what it measured. Ends with 1 when a job failed.
+it is done with one. NAME.log is what a job printed, NAME.json (full-size/full-size-run.json) what it measured. Ends with 1 when a job failed.
 """
 
 import argparse
@@ -34,6 +34,7 @@ JOBS = {
     "agreement": f"{ITERATION} --agreement --scaled-init",
     "update-120b-attention": f"{LARGE_UPDATE} --targets attention --memory-cap 80e9 --repeats 3",
     "update-120b-experts": f"{LARGE_UPDATE} --lora 32 --memory-cap 90e9 --repeats 3",
+    "full-size": "-m tests.bench.full_size_run --preset gpt_oss_20b_16gb --card-bytes 16e9",
     "engine": f"{ENGINE} --cases 1x1024,16x1024,64x4096,256x1024 --lora none,16 --prefill --replay",
     "engine-131k": f"{ENGINE} --cases 1x131072 --peers none",
     "engine-120b": f"{LARGE_ENGINE} --cases 1x1024,16x1024,64x4096 --peers none",
@@ -88,7 +89,9 @@ def run(names: list[str], *, cards: list[str], out: Path) -> int:
 def command(name: str, out: Path) -> list[str]:
     """The words of a job's command."""
     words = shlex.split(JOBS[name])
-    return [sys.executable, *words, *([] if "pytest" in words else ["--out", str(out / f"{name}.json")])]
+    if "pytest" in words:
+        return [sys.executable, *words]
+    return [sys.executable, *words, "--out", str(out / (f"{name}.json" if "bench" in words else name))]
 
 
 if __name__ == "__main__":
