@@ -306,7 +306,7 @@ def test_the_doctor_has_a_hint_for_what_fails(monkeypatch: pytest.MonkeyPatch, t
     assert all(line.hint for line in failing.values())
 
 
-@pytest.mark.parametrize("name", [name for name, words in on_gpu.JOBS.items() if "bench" in words])
+@pytest.mark.parametrize("name", [name for name, words in on_gpu.JOBS.items() if "cli bench" in words])
 def test_what_is_measured_on_a_gpu_is_understood(name: str) -> None:
     words = on_gpu.command(name, Path("out"))
     args = cli.parser().parse_args(words[words.index("flows.cli") + 1 :])

@@ -3,7 +3,8 @@
     python -m tests.bench.on_gpu --out build/gpu --cards 0,1 [--only tests,update]
 
 Each job is a command of its own, on a card that nothing else uses meanwhile; every card takes the next job of JOBS when
-it is done with one. NAME.log is what a job printed, NAME.json (full-size/full-size-run.json) what it measured. Ends with 1 when a job failed.
+it is done with one. NAME.log is what a job printed, NAME.json what it measured; full-size is a folder with model, run
+and figures. Ends with 1 when a job failed.
 """
 
 import argparse
