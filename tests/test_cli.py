@@ -169,6 +169,15 @@ def test_resume_refuses_what_is_in_a_key(finished: RunDir) -> None:
     assert_refused(done, "resume cannot change train.seed 0 -> 4", "start a new run")
 
 
+@pytest.mark.docker
+def test_resume_takes_the_memory_that_an_update_is_told_to_keep_to(prefect_server: str, finished: RunDir) -> None:
+    words = ("resume", str(finished.path), "update.memory_bytes=12000000000")
+    done = flexsink(*words, small=True, PREFECT_API_URL=prefect_server)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "reused        10 stages" in done.stdout
+    assert finished.config().update.memory_bytes == 12_000_000_000
+
+
 def test_a_config_that_is_not_one_is_refused(finished: RunDir) -> None:
     (finished.path / "config.json").write_text('{"train": {"iterations":')
     assert_refused(flexsink("resume", str(finished.path)), "the configuration is not JSON", "restore config.json")
