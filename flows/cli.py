@@ -202,9 +202,11 @@ def train_command(args: argparse.Namespace) -> int:
         run = RunDir.create(path, config)
         try:
             return go(run, config)
-        except UserError:
-            if run.is_blank():
-                run.discard()  # nothing was made: leave nothing half-written, so that a corrected command can start
+        except UserError as error:
+            # Where nothing was made nothing half-written is left, so that a corrected command can start.
+            hint, resume, _ = error.hint.partition("go on with: flexsink resume")
+            if run.discard() and resume:
+                raise UserError(error.message, f"{hint}give the same command again") from error
             raise
     run = RunDir.open(path)
     changes = differences(run.config(), config)

@@ -159,14 +159,8 @@ def left_unfinished(wanted: RunConfig, runs: Path) -> RunDir | None:
 
 def fresh(wanted: RunConfig, runs: Path) -> RunDir:
     """A new run, marked as this schedule's."""
-    runs.mkdir(parents=True, exist_ok=True)
-    while True:
-        path = steps.default_path(runs, wanted.preset)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()  # of two ticks in one second, one gets it
-            break
-    run = RunDir.create(path, wanted)
-    write_json(path / OF_SCHEDULE, {"deployment": str(deployment.name)})
+    run = RunDir.create(steps.default_path(runs, wanted.preset), wanted)
+    write_json(run.path / OF_SCHEDULE, {"deployment": str(deployment.name)})
     return run
 
 

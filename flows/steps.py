@@ -248,12 +248,16 @@ def check_runner(config: RunConfig, note: Callable[[str], None]) -> None:
 
 
 def default_path(runs: Path, preset: str) -> Path:
-    """data/runs/<preset>-<UTC>, a number behind it where that is taken."""
+    """A new folder data/runs/<preset>-<UTC>, a number behind it where that is taken."""
     name = f"{preset}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
     path, number = runs / name, 1
-    while path.exists():
-        path, number = runs / f"{name}-{number}", number + 1
-    return path
+    with explained(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()  # of two that ask in one second, one gets it
+                return path
+            path, number = runs / f"{name}-{number}", number + 1
 
 
 class RunLog(logging.FileHandler):

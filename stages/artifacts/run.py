@@ -79,10 +79,27 @@ class RunDir:
         """Whether no stage was ever published here."""
         return not any(self.path.rglob("manifest.json"))
 
-    def discard(self) -> None:
-        """Removes a run in which no stage was published."""
-        assert self.is_blank()
-        shutil.rmtree(self.path)
+    def discard(self) -> bool:
+        """Removes what a run wrote that published no stage, and its folder where nothing else is in it.
+
+        False, and nothing is removed, where a stage was published or another process works on the run.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.lock())
+            except UserError:
+                return False
+            if not self.is_blank():
+                return False
+            for path in [path for pattern in UNFINISHED for path in self.path.glob(pattern)]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        for folder in (self.logs, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # not where others have files in it, such as the log of the job that runs this
+        return True
 
     @property
     def logs(self) -> Path:
@@ -109,6 +126,18 @@ class RunDir:
 
 KNOWN = {"logs", "environment.json", "config.json", ".lock"}
 HALVES = (".environment.json.", ".config.json.")  # what write_json leaves when it is killed
+# All that a run without a stage has written, as patterns. Its lock comes last: until then nobody else begins.
+UNFINISHED = (
+    "config.json",
+    "environment.json",
+    ".tmp-*",
+    ".lock-load",
+    "logs/flexsink.log",
+    "logs/flow_runs.txt",
+    "logs/tracked-*.txt",
+    "logs/metrics.prom",
+    ".lock",
+)
 NO_SPACE = "free some space (flexsink runs shows what is large), then go on with: flexsink resume RUN"
 
 
