@@ -56,6 +56,12 @@ def connect(note: Callable[[str], None]) -> str:
     return url
 
 
+def is_own(url: str) -> bool:
+    """Whether that is the address of the project's own server."""
+    state = read_state(HOME.resolve())
+    return state is not None and state["url"] == url
+
+
 def local_server(home: Path, note: Callable[[str], None]) -> str:
     """The address of the server under `home`, started if none answers."""
     with locked(home / ".lock", "", wait=True):
@@ -166,7 +172,7 @@ def remember(run: RunDir, flow_run_id: str) -> None:
 def remembered(run: RunDir) -> list[str]:
     try:
         return (run.logs / "flow_runs.txt").read_text().split()
-    except FileNotFoundError:
+    except OSError:
         return []
 
 

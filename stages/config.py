@@ -265,7 +265,7 @@ class RunConfig:
         return canonical_json(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str) -> "RunConfig":
+    def from_json(cls, text: str | bytes) -> "RunConfig":
         try:
             body = json.loads(text)
         except ValueError as error:

@@ -54,7 +54,7 @@ class RunDir:
 
     def config(self) -> RunConfig:
         with explained(self.path):
-            return RunConfig.from_json((self.path / "config.json").read_text())
+            return RunConfig.from_json((self.path / "config.json").read_bytes())
 
     def save_config(self, config: RunConfig) -> None:
         with explained(self.path):
