@@ -181,19 +181,14 @@ def in_flow(run: RunDir, config: RunConfig, view: Lines, body: Callable[[], None
     from prefect import flow
 
     server.quiet()
-    server.crash_leftovers(run)
 
     @flow(name="flexsink train", flow_run_name=run.path.name, persist_result=False, retries=0)
     def train_run(run_dir: str, config: dict[str, Any]) -> None:
         inside_flow(run, body)
 
-    try:
+    with server.answering(url, f"what was finished is kept; go on with: flexsink resume {run.path}"):
+        server.crash_leftovers(run)
         train_run(str(run.path), config.to_dict())
-    except server.api_errors() as error:
-        raise UserError(
-            f"the Prefect server at {url} no longer answers: {error or type(error).__name__}",
-            f"what was finished is kept; go on with: flexsink resume {run.path}",
-        ) from error
 
 
 def inside_flow(run: RunDir, body: Callable[[], None]) -> None:
