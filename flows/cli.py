@@ -18,7 +18,7 @@ import stages.runs
 from flows import prune, view
 from flows.config import differences, overridden, resolved, resumed, shown
 from flows.presets import PRESETS, preset
-from stages.config import RunConfig, UserError, did_you_mean
+from stages.config import RunConfig, UserError, did_you_mean, pasteable
 
 if TYPE_CHECKING:
     from stages.artifacts import RunDir, StageId
@@ -213,7 +213,7 @@ def train_command(args: argparse.Namespace) -> int:
     if changes and not run.is_blank():
         raise UserError(
             f"{path} holds a run of another configuration: {shown(changes)}",
-            f"go on with that one by: flexsink resume {path}; or choose another folder with --run-dir",
+            f"go on with that one by: {pasteable('flexsink', 'resume', path)}; or choose another folder with --run-dir",
         )
     return go(run, config)
 
@@ -248,7 +248,7 @@ def go(run: "RunDir", config: RunConfig) -> int:
         return 0
 
     # UserError passes through: only the interrupt is told here, where the run is known.
-    code = guarded(body, resume=f"flexsink resume {run.path}", pass_errors=True)
+    code = guarded(body, resume=pasteable("flexsink", "resume", run.path), pass_errors=True)
     if code == 0:
         finish(run, plain(config.logging.format).note)
     return code

@@ -64,7 +64,7 @@ def serve(
         raise UserError(f"--limit is {limit}", "at least 1 run at a time")
     server.quiet()
     note(f"serving {name} at {cron!r}, {limit} at a time; end it with Ctrl-C")
-    with server.answering(os.environ["PREFECT_API_URL"], "start it, then serve again: a tick goes on with what is left"):
+    with server.answering(os.environ["PREFECT_API_URL"], "start it, then serve again: a tick goes on with the rest"):
         asyncio.run(serving(name, list(overrides), cron, limit, stop_after_runs))
 
 

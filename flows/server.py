@@ -27,6 +27,7 @@ from stages.config import UserError
 HOME = Path("data/.prefect")
 START_TIMEOUT_S = 120.0
 # a new database takes 8-13 s on an idle machine of two cores
+ELSEWHERE = "start a server elsewhere by `prefect server start`, and set PREFECT_API_URL to the address that it tells"
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",  # else a fresh database prints a "database is locked" traceback
     "DO_NOT_TRACK": "1",
@@ -73,7 +74,7 @@ def is_own(url: str) -> bool:
 
 def local_server(home: Path, note: Callable[[str], None]) -> str:
     """The address of the server under `home`, started if none answers."""
-    with locked(home / ".lock", "", wait=True):
+    with locked(home / ".lock", "", wait=True, hint=ELSEWHERE):
         state = read_state(home)
         if state and healthy(state["url"]):
             return str(state["url"])

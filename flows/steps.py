@@ -19,7 +19,7 @@ from flows.progress import Clock, JsonFormatter, Lines, View, described
 from flows.summary import Summary, reward_rows
 from stages.artifacts import Manifest, Progress, RunDir, Session, StageContext, StageId, execute, look
 from stages.artifacts.run import explained
-from stages.config import LoggingConfig, RunConfig, UserError
+from stages.config import LoggingConfig, RunConfig, pasteable
 
 Reference = dict[str, str]
 # {"stage": "rollout 3", "folder": "iterations/00003/rollout", "digest": sha256 of the content}
@@ -186,7 +186,7 @@ def in_flow(run: RunDir, config: RunConfig, view: Lines, body: Callable[[], None
     def train_run(run_dir: str, config: dict[str, Any]) -> None:
         inside_flow(run, body)
 
-    with server.answering(url, f"what was finished is kept; go on with: flexsink resume {run.path}"):
+    with server.answering(url, f"what was finished is kept; go on with: {pasteable('flexsink', 'resume', run.path)}"):
         server.crash_leftovers(run)
         train_run(str(run.path), config.to_dict())
 

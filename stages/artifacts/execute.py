@@ -21,7 +21,7 @@ from stages.artifacts.manifest import NAME, Manifest, fsync, recorded
 from stages.artifacts.manifest import TIMINGS as TIMINGS_FILE
 from stages.artifacts.run import RunDir, explained, locked
 from stages.artifacts.stage import Report, Session, StageContext, StageId, silent
-from stages.config import RunConfig, UserError
+from stages.config import RunConfig, UserError, pasteable
 
 
 class Decision(NamedTuple):
@@ -128,7 +128,7 @@ def remove_journals(folder: Path) -> None:
 def finished_digest(run: RunDir, stage: StageId, reader: StageId) -> str:
     """The content digest of a stage that `reader` reads, its files verified."""
     manifest = run.manifest(stage)
-    hint = f"make it with: flexsink resume {run.path}"
+    hint = f"make it with: {pasteable('flexsink', 'resume', run.path)}"
     if manifest is None:
         raise UserError(f"{reader} needs {stage}, which is not done", hint)
     damage = manifest.damage(run.folder(stage))
