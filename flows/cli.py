@@ -1,7 +1,7 @@
 """The command `flexsink`. Heavy imports are inside the subcommands: `flexsink --help` takes a fraction of a second.
 
 Exit codes: 0 done; 1 a self-check or a comparison failed; 2 an expected failure, told as `error: ...` and `hint: ...`;
-130 interrupted.
+130 interrupted; 141 nobody reads standard output any more, as behind `| head`.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from torch import Tensor
 from stages.artifacts import StageContext, StageId, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, SCORES, read_table, write_parts
-from stages.config import UpdateConfig, UserError
+from stages.config import UpdateConfig, UserError, pasteable
 from stages.grpo import (
     LOSSES,
     Agreement,
@@ -70,8 +70,8 @@ def run(context: StageContext) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the card's memory ran out in the update of iteration {context.stage.index}: {reason}",
-            "end what else uses the card, or set update.memory_bytes to what this run may take of it; then "
-            "`flexsink resume` goes on from here",
+            "end what else uses the card, or set what this run may take of it, then go on with: "
+            + pasteable("flexsink", "resume", context.run.path, "update.memory_bytes=12000000000"),
         ) from None
     finally:
         for _, parameter in policy.parameters():
