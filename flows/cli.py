@@ -1,7 +1,7 @@
 """The command `flexsink`. Heavy imports are inside the subcommands: `flexsink --help` takes a fraction of a second.
 
 Exit codes: 0 done; 1 a self-check or a comparison failed; 2 an expected failure, told as `error: ...` and `hint: ...`;
-130 interrupted.
+130 interrupted; 141 nobody reads standard output any more, as behind `| head`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import stages.runs
 from flows import prune, view
 from flows.config import differences, overridden, resolved, resumed, shown
 from flows.presets import PRESETS, preset
-from stages.config import RunConfig, UserError, did_you_mean
+from stages.config import RunConfig, UserError, did_you_mean, pasteable
 
 if TYPE_CHECKING:
     from stages.artifacts import RunDir, StageId
@@ -202,16 +202,18 @@ def train_command(args: argparse.Namespace) -> int:
         run = RunDir.create(path, config)
         try:
             return go(run, config)
-        except UserError:
-            if run.is_blank():
-                run.discard()  # nothing was made: leave nothing half-written, so that a corrected command can start
+        except UserError as error:
+            # Where nothing was made nothing half-written is left, so that a corrected command can start.
+            hint, resume, _ = error.hint.partition("go on with: flexsink resume")
+            if run.discard() and resume:
+                raise UserError(error.message, f"{hint}give the same command again") from error
             raise
     run = RunDir.open(path)
     changes = differences(run.config(), config)
     if changes and not run.is_blank():
         raise UserError(
             f"{path} holds a run of another configuration: {shown(changes)}",
-            f"go on with that one by: flexsink resume {path}; or choose another folder with --run-dir",
+            f"go on with that one by: {pasteable('flexsink', 'resume', path)}; or choose another folder with --run-dir",
         )
     return go(run, config)
 
@@ -246,7 +248,7 @@ def go(run: "RunDir", config: RunConfig) -> int:
         return 0
 
     # UserError passes through: only the interrupt is told here, where the run is known.
-    code = guarded(body, resume=f"flexsink resume {run.path}", pass_errors=True)
+    code = guarded(body, resume=pasteable("flexsink", "resume", run.path), pass_errors=True)
     if code == 0:
         finish(run, plain(config.logging.format).note)
     return code

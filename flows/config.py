@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from stages.config import SECTIONS, OptionValue, RunConfig, UserError, unknown
 
 # What `resume` may change: none of it is in a stage's key (stages/artifacts/keys.py).
-RESUMABLE = ("train.iterations", "evaluate.every", "rollout.cache_bytes", "steps.", "sandbox.containers", "logging.")
+RESUMABLE = (
+    "train.iterations",
+    "evaluate.every",
+    "rollout.cache_bytes",
+    "update.memory_bytes",
+    "steps.",
+    "sandbox.containers",
+    "logging.",
+)
 
 
 def overridden(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
@@ -108,8 +116,7 @@ def resumed(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     if refused:
         raise UserError(
             f"resume cannot change {shown(refused)}",
-            "it may change train.iterations, evaluate.every, rollout.cache_bytes, steps.*, sandbox.containers and "
-            "logging.*; "
-            "for anything else start a new run with: flexsink train",
+            "it may change train.iterations, evaluate.every, rollout.cache_bytes, update.memory_bytes, steps.*, "
+            "sandbox.containers and logging.*; for anything else start a new run with: flexsink train",
         )
     return resolved(changed)

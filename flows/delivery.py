@@ -8,11 +8,13 @@ from pathlib import Path
 from stages.artifacts.manifest import NAME, TIMINGS
 from stages.artifacts.run import explained
 
+ANOTHER = "choose another folder with --out"
+
 
 def deliver(folder: Path, out: Path) -> None:
     """Copies an export, without its manifest and timings, to `out`, which appears whole or not at all."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    with explained(out):
+    with explained(out, ANOTHER):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(NAME, TIMINGS))

@@ -9,8 +9,10 @@ retry in Prefect's UI goes on in the folder it began in. Where another run has t
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from flows.summary import finish
 from flows.train import go_on, stages_of, working
 from stages.artifacts import RunDir
 from stages.artifacts.run import write_json
-from stages.config import RunConfig, UserError
+from stages.config import RunConfig, UserError, canonical_json
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 POLL_S = 1.0
@@ -62,16 +64,19 @@ def serve(
         raise UserError(f"--limit is {limit}", "at least 1 run at a time")
     server.quiet()
     note(f"serving {name} at {cron!r}, {limit} at a time; end it with Ctrl-C")
-    asyncio.run(serving(name, list(overrides), cron, limit, stop_after_runs))
+    with server.answering(os.environ["PREFECT_API_URL"], "start it, then serve again: a tick goes on with the rest"):
+        asyncio.run(serving(name, list(overrides), cron, limit, stop_after_runs))
 
 
 async def serving(name: str, overrides: list[str], cron: str, limit: int, stop_after_runs: int) -> None:
-    runner = Runner(name=f"flexsink-{name}", limit=limit, pause_on_shutdown=True)
+    root = str(Path.cwd())
+    called = deployment_name(name, overrides, "" if server.is_own(os.environ.get("PREFECT_API_URL", "")) else root)
+    runner = Runner(name=called, limit=limit, pause_on_shutdown=True)
     served = await runner.aadd_flow(
         scheduled,
-        name=f"flexsink-{name}",
+        name=called,
         cron=cron,
-        parameters={"preset_name": name, "overrides": overrides, "root": str(Path.cwd())},
+        parameters={"preset_name": name, "overrides": overrides, "root": root},
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     work = asyncio.create_task(runner.start())
@@ -88,6 +93,19 @@ async def serving(name: str, overrides: list[str], cron: str, limit: int, stop_a
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
+
+
+def deployment_name(name: str, overrides: Sequence[str], root: str) -> str:
+    """What Prefect knows a schedule by: no two schedules of one server that differ have the same.
+
+    root: the folder that data/runs is in; empty on the project's own server, which has no other.
+
+    Example: deployment_name("tiny", ["train.seed=1"], "") is "flexsink-tiny-1aaef90b"
+    """
+    if not overrides and not root:
+        return f"flexsink-{name}"
+    digest = hashlib.sha256(canonical_json([root, list(overrides)]).encode()).hexdigest()
+    return f"flexsink-{name}-{digest[:8]}"
 
 
 async def ended(runner: Runner, served: Any, count: int) -> None:
@@ -151,22 +169,21 @@ def left_unfinished(wanted: RunConfig, runs: Path) -> RunDir | None:
         run = RunDir(path)
         if schedule_of(run) != str(deployment.name) or not (path / "config.json").exists():
             continue
-        unfinished = any(run.manifest(stage) is None for stage in stages_of(wanted))
-        if unfinished and continues(run.config(), wanted) and not run.is_busy():
-            return run
+        try:
+            config = run.config()
+            # As the run itself was told: a schedule that now trains longer does not take up what was done.
+            unfinished = any(run.manifest(stage) is None for stage in stages_of(config))
+            if unfinished and continues(config, wanted) and not run.is_busy():
+                return run
+        except UserError as error:
+            log.warning("%s is passed over: %s", path, error.message)
     return None
 
 
 def fresh(wanted: RunConfig, runs: Path) -> RunDir:
     """A new run, marked as this schedule's."""
-    runs.mkdir(parents=True, exist_ok=True)
-    while True:
-        path = steps.default_path(runs, wanted.preset)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()  # of two ticks in one second, one gets it
-            break
-    run = RunDir.create(path, wanted)
-    write_json(path / OF_SCHEDULE, {"deployment": str(deployment.name)})
+    run = RunDir.create(steps.default_path(runs, wanted.preset), wanted)
+    write_json(run.path / OF_SCHEDULE, {"deployment": str(deployment.name)})
     return run
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from stages.config import UserError
 HOME = Path("data/.prefect")
 START_TIMEOUT_S = 120.0
 # a new database takes 8-13 s on an idle machine of two cores
+ELSEWHERE = "start a server elsewhere by `prefect server start`, and set PREFECT_API_URL to the address that it tells"
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",  # else a fresh database prints a "database is locked" traceback
     "DO_NOT_TRACK": "1",
@@ -50,15 +51,30 @@ def connect(note: Callable[[str], None]) -> str:
                 "start it, or unset PREFECT_API_URL for a local one",
             )
         return url
+    go_past_proxies()
     url = local_server(HOME.resolve(), note)
     os.environ["PREFECT_API_URL"] = url
     os.environ.setdefault("PREFECT_HOME", str(HOME.resolve()))
     return url
 
 
+def go_past_proxies() -> None:
+    """Has this process and its children reach 127.0.0.1 directly, whatever http_proxy says."""
+    names = ("no_proxy", "NO_PROXY")  # where both are set, some programs read the one and some the other
+    hosts = [host for name in names for host in os.environ.get(name, "").split(",") if host]
+    if "*" not in hosts:
+        os.environ.update(dict.fromkeys(names, ",".join(dict.fromkeys([*hosts, "127.0.0.1"]))))
+
+
+def is_own(url: str) -> bool:
+    """Whether that is the address of the project's own server."""
+    state = read_state(HOME.resolve())
+    return state is not None and state["url"] == url
+
+
 def local_server(home: Path, note: Callable[[str], None]) -> str:
     """The address of the server under `home`, started if none answers."""
-    with locked(home / ".lock", "", wait=True):
+    with locked(home / ".lock", "", wait=True, hint=ELSEWHERE):
         state = read_state(home)
         if state and healthy(state["url"]):
             return str(state["url"])
@@ -150,11 +166,25 @@ def quiet() -> None:
                 logger.removeHandler(handler)
 
 
-def api_errors() -> tuple[type[BaseException], ...]:
-    """What Prefect raises when its server cannot be reached."""
-    import httpx
+@contextlib.contextmanager
+def answering(url: str, hint: str = "") -> Iterator[None]:
+    """Turns what Prefect raises when its server cannot be reached, or refuses, into a UserError.
 
-    return (httpx.HTTPError,)
+    hint: for a server that is gone
+    """
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        yield
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code not in (401, 403):
+            raise UserError(f"the Prefect server at {url} fails: {error}", hint) from error
+        # Its /health asks for no password, so that only now it shows.
+        raise UserError(f"the Prefect server at {url} refuses", "set PREFECT_API_AUTH_STRING=user:password") from error
+    except httpx.HTTPError as error:
+        reason = error or type(error).__name__
+        raise UserError(f"the Prefect server at {url} no longer answers: {reason}", hint) from error
 
 
 def remember(run: RunDir, flow_run_id: str) -> None:
@@ -166,7 +196,7 @@ def remember(run: RunDir, flow_run_id: str) -> None:
 def remembered(run: RunDir) -> list[str]:
     try:
         return (run.logs / "flow_runs.txt").read_text().split()
-    except FileNotFoundError:
+    except OSError:
         return []
 
 

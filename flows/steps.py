@@ -19,7 +19,7 @@ from flows.progress import Clock, JsonFormatter, Lines, View, described
 from flows.summary import Summary, reward_rows
 from stages.artifacts import Manifest, Progress, RunDir, Session, StageContext, StageId, execute, look
 from stages.artifacts.run import explained
-from stages.config import LoggingConfig, RunConfig, UserError
+from stages.config import LoggingConfig, RunConfig, pasteable
 
 Reference = dict[str, str]
 # {"stage": "rollout 3", "folder": "iterations/00003/rollout", "digest": sha256 of the content}
@@ -181,19 +181,14 @@ def in_flow(run: RunDir, config: RunConfig, view: Lines, body: Callable[[], None
     from prefect import flow
 
     server.quiet()
-    server.crash_leftovers(run)
 
     @flow(name="flexsink train", flow_run_name=run.path.name, persist_result=False, retries=0)
     def train_run(run_dir: str, config: dict[str, Any]) -> None:
         inside_flow(run, body)
 
-    try:
+    with server.answering(url, f"what was finished is kept; go on with: {pasteable('flexsink', 'resume', run.path)}"):
+        server.crash_leftovers(run)
         train_run(str(run.path), config.to_dict())
-    except server.api_errors() as error:
-        raise UserError(
-            f"the Prefect server at {url} no longer answers: {error or type(error).__name__}",
-            f"what was finished is kept; go on with: flexsink resume {run.path}",
-        ) from error
 
 
 def inside_flow(run: RunDir, body: Callable[[], None]) -> None:
@@ -248,12 +243,16 @@ def check_runner(config: RunConfig, note: Callable[[str], None]) -> None:
 
 
 def default_path(runs: Path, preset: str) -> Path:
-    """data/runs/<preset>-<UTC>, a number behind it where that is taken."""
+    """A new folder data/runs/<preset>-<UTC>, a number behind it where that is taken."""
     name = f"{preset}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
     path, number = runs / name, 1
-    while path.exists():
-        path, number = runs / f"{name}-{number}", number + 1
-    return path
+    with explained(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()  # of two that ask in one second, one gets it
+                return path
+            path, number = runs / f"{name}-{number}", number + 1
 
 
 class RunLog(logging.FileHandler):

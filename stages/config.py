@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shlex
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,14 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.message, self.hint))
+
+
+def pasteable(*words: object) -> str:
+    """The words as one line that a shell reads back.
+
+    Example: pasteable("flexsink", "resume", Path("my runs/a")) is "flexsink resume 'my runs/a'"
+    """
+    return shlex.join(str(word) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +274,7 @@ class RunConfig:
         return canonical_json(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str) -> "RunConfig":
+    def from_json(cls, text: str | bytes) -> "RunConfig":
         try:
             body = json.loads(text)
         except ValueError as error:

@@ -6,16 +6,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import cli, doctor
+from flows import cli, doctor, server
 from flows.config import overridden, resolved
 from flows.presets import preset
-from flows.steps import local
+from flows.steps import default_path, local, logging_to
 from flows.train import loop
 from stages.artifacts import RunDir, Session
 from stages.config import UserError
@@ -169,6 +170,15 @@ def test_resume_refuses_what_is_in_a_key(finished: RunDir) -> None:
     assert_refused(done, "resume cannot change train.seed 0 -> 4", "start a new run")
 
 
+@pytest.mark.docker
+def test_resume_takes_the_memory_that_an_update_is_told_to_keep_to(prefect_server: str, finished: RunDir) -> None:
+    words = ("resume", str(finished.path), "update.memory_bytes=12000000000")
+    done = flexsink(*words, small=True, PREFECT_API_URL=prefect_server)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "reused        10 stages" in done.stdout
+    assert finished.config().update.memory_bytes == 12_000_000_000
+
+
 def test_a_config_that_is_not_one_is_refused(finished: RunDir) -> None:
     (finished.path / "config.json").write_text('{"train": {"iterations":')
     assert_refused(flexsink("resume", str(finished.path)), "the configuration is not JSON", "restore config.json")
@@ -224,6 +234,65 @@ def test_a_run_that_fails_before_anything_is_made_leaves_no_folder(prefect_serve
     done = flexsink(*words, PREFECT_API_URL=prefect_server)
     assert_refused(done, str(tmp_path / "none"))
     assert not (tmp_path / "run").exists()
+
+
+def train_failing(path: Path, monkeypatch: pytest.MonkeyPatch, during: Callable[[RunDir], None]) -> UserError:
+    """What `flexsink train` says when the flow fails after `during`, before any stage is made."""
+
+    def go(run: RunDir, config: Any) -> int:
+        with run.lock(), logging_to(run, config.logging):
+            during(run)
+        raise UserError("it went wrong", "wait, then go on with: flexsink resume RUN")
+
+    monkeypatch.setattr(cli, "go", go)
+    monkeypatch.setattr("flows.steps.check_sandbox", lambda backend: None)
+    with pytest.raises(UserError, match="it went wrong") as raised:
+        cli.dispatch(["train", "tiny_test", "--run-dir", str(path)])
+    return raised.value
+
+
+def test_a_failed_train_takes_its_own_files_along_and_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    (path / "logs").mkdir(parents=True)
+    (path / "logs/slurm-1.out").write_text("a job's output")
+    error = train_failing(path, monkeypatch, lambda run: server.remember(run, "a flow run"))
+    assert error.hint == "wait, then give the same command again"
+    assert sorted(str(each.relative_to(path)) for each in path.rglob("*")) == ["logs", "logs/slurm-1.out"]
+    (path / "logs/slurm-1.out").unlink()
+    train_failing(path, monkeypatch, lambda run: (run.path / ".tmp-0/deep").mkdir(parents=True))
+    assert not path.exists()
+
+
+def test_a_failed_train_leaves_a_run_that_another_process_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    with ExitStack() as other:
+        command = "import sys, pathlib, stages.artifacts as a\nwith a.RunDir(pathlib.Path(sys.argv[1])).lock():\n"
+        command += "    print(flush=True)\n    input()"
+
+        def go(run: RunDir, config: Any) -> int:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            process = other.enter_context(subprocess.Popen([sys.executable, "-c", command, str(path)], **pipes))
+            other.callback(process.stdin.close)
+            assert process.stdout.readline()
+            with run.lock():
+                return 0
+
+        monkeypatch.setattr(cli, "go", go)
+        monkeypatch.setattr("flows.steps.check_sandbox", lambda backend: None)
+        with pytest.raises(UserError, match="being worked on") as raised:
+            cli.dispatch(["train", "tiny_test", "--run-dir", str(path)])
+        assert (path / "config.json").exists()
+        assert raised.value.hint == "wait until it has finished, or end it"
+
+
+def test_two_runs_that_begin_in_one_second_get_a_folder_each(tmp_path: Path) -> None:
+    paths = [default_path(tmp_path / "runs", "tiny") for _ in range(3)]
+    assert len(set(paths)) == 3
+    assert sorted(paths) == sorted((tmp_path / "runs").iterdir())
 
 
 def test_plan_shows_what_would_run_and_why(finished: RunDir) -> None:

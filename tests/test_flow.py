@@ -1,12 +1,17 @@
 """The loop, the steps and Prefect: with small stages that write real artifacts, a real server and no mocks."""
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 import urllib.request
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +357,67 @@ def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == f"error: no Prefect server answers at PREFECT_API_URL={url}"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def with_password() -> Iterator[str]:
+    """The address of a server that, like Prefect's with a password, says that it is well but refuses all else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            self.rfile.read(length)
+            self.send_response(200 if self.path == "/api/health" else 401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{listening.server_port}/api"
+    listening.shutdown()
+    listening.server_close()
+
+
+@pytest.mark.docker
+def test_a_forgotten_password_is_one_line(with_password: str, tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "killed", CONFIG)
+    server.remember(run, str(uuid.uuid4()))
+    refused = [
+        f"error: the Prefect server at {with_password} refuses",
+        "hint: set PREFECT_API_AUTH_STRING=user:password",
+    ]
+    for words in (
+        ["train", "tiny_test", "--run-dir", "run"],
+        ["resume", "killed"],
+        ["serve", "tiny_test", "--cron", "0 3 * * *"],
+    ):
+        done = flexsink(*words, url=with_password, cwd=tmp_path)
+        assert (done.returncode, done.stderr.splitlines()) == (2, refused)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_projects_own_server_is_reached_past_a_proxy(with_password: str, tmp_path: Path) -> None:
+    (tmp_path / "data/.prefect").mkdir(parents=True)
+    (tmp_path / "data/.prefect/server.json").write_text(json.dumps({"url": with_password, "pid": 1}))
+    code = """
+        import httpx, urllib.request
+        from flows import server
+        url = server.connect(print)
+        print(url, server.healthy(url), httpx.get(url + "/health").status_code)
+        print(urllib.request.proxy_bypass("one.example"), urllib.request.proxy_bypass("two.example"))
+    """
+    proxy = f"http://127.0.0.1:{server.free_port()}"
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment |= {"PYTHONPATH": str(ROOT), "http_proxy": proxy, "HTTP_PROXY": proxy}
+    environment |= {"no_proxy": "one.example", "NO_PROXY": "two.example"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == [f"{with_password} True 200", "True True"], done.stderr
 
 
 @pytest.mark.docker

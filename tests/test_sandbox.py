@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import stages.sandbox.pool
 from stages.config import SandboxConfig, UserError
-from stages.sandbox import Job, Limits, Outcome, Result, SandboxError, SandboxPool, open_pool, reap
+from stages.sandbox import Job, Limits, Outcome, Result, SandboxError, SandboxPool, container, open_pool, reap
 from stages.sandbox.container import host_config
 from stages.sandbox.image import connect
 
@@ -177,8 +178,10 @@ def test_odd_but_honest_programs_are_judged_like_any_other(pool: SandboxPool, pr
 
 
 def test_a_bug_in_the_judge_is_an_error_of_the_sandbox_and_not_a_verdict(pool: SandboxPool) -> None:
-    with pytest.raises(SandboxError, match="a bug in the judge"):
+    with pytest.raises(UserError, match="a bug in the judge") as raised:
         judged(pool, HALVING, "broken")
+    assert "\n" not in raised.value.message
+    assert "flexsink resume" in raised.value.hint
     assert judged(pool, HALVING).outcome is Outcome.ok
 
 
@@ -215,8 +218,26 @@ def test_a_daemon_that_goes_away_is_an_error_and_not_a_hang(monkeypatch: pytest.
         judged(pool, HALVING)
         monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
         next(iter(pool.live)).hang_up()
-        with pytest.raises(SandboxError, match="no Docker daemon answers"):
+        monkeypatch.setattr(container, "AWAY_S", 0.5)
+        with pytest.raises(SandboxError, match="no Docker daemon answers") as raised:
             judged(pool, HALVING)
+        assert raised.value.hint == SandboxError("").hint
+
+
+def test_a_daemon_that_is_restarted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_pool(SandboxConfig(containers=1), harnesses={"guess": HARNESS}, labels=LABELS) as pool:
+        judged(pool, HALVING)
+        back = time.monotonic() + 3
+
+        def restarting() -> Any:
+            if time.monotonic() < back:
+                raise UserError("no Docker daemon answers")
+            return connect()
+
+        monkeypatch.setattr(container, "connect", restarting)
+        next(iter(pool.live)).hang_up()
+        assert judged(pool, HALVING).outcome is Outcome.ok
+        assert time.monotonic() > back
 
 
 def test_a_container_is_recycled_after_its_number_of_jobs() -> None:

@@ -10,6 +10,7 @@ import datetime
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,8 +29,14 @@ import pytest
 import yaml
 
 from flows import server
-from flows.train import stages_of
-from stages.artifacts import RunDir, survey
+from flows.config import resolved
+from flows.presets import preset
+from flows.progress import Lines
+from flows.steps import local
+from flows.train import loop, stages_of
+from stages.artifacts import RunDir, Session, survey
+from stages.config import replace
+from tests import small_stages
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "containers/compose.yaml"
@@ -106,6 +113,66 @@ def test_serving_sees_the_end_of_a_run_behind_more_runs_than_a_server_lists(monk
     asyncio.run(asyncio.wait_for(schedule.ended(mock.Mock(), deployment, 1), 10))
     assert client.paused == deployment
     assert client.asked > 3
+
+
+def test_schedules_that_differ_are_deployments_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = importlib.import_module("flows.schedule")
+    told: list[tuple[str, dict[str, Any]]] = []
+
+    class Runner:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        async def aadd_flow(self, _: Any, *, name: str, parameters: dict[str, Any], **__: Any) -> None:
+            told.append((name, parameters))
+
+        async def start(self) -> None:
+            pass
+
+    monkeypatch.setattr(schedule, "Runner", Runner)
+
+    def name(folder: str, *overrides: str) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        asyncio.run(schedule.serving("tiny", list(overrides), "0 3 * * *", 1, 0))
+        assert told[-1][1] == {"preset_name": "tiny", "overrides": [*overrides], "root": str(tmp_path / folder)}
+        return told[-1][0]
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
+    kinds = [("a", ()), ("b", ()), ("a", ("train.seed=1",)), ("a", ("train.seed=2",)), ("b", ("train.seed=1",))]
+    names = [name(folder, *overrides) for folder, overrides in kinds]
+    assert len(set(names)) == 5
+    assert all(re.fullmatch("flexsink-tiny-[0-9a-f]{8}", each) for each in names)
+    assert [name(folder, *overrides) for folder, overrides in kinds] == names
+    # The project's own server.
+    (tmp_path / "a/data/.prefect").mkdir(parents=True)
+    state = {"url": os.environ["PREFECT_API_URL"], "pid": 1}
+    (tmp_path / "a/data/.prefect/server.json").write_text(json.dumps(state))
+    assert name("a") == "flexsink-tiny"
+    assert name("a", "train.seed=1") not in ("flexsink-tiny", *names)
+
+
+def test_a_tick_opens_no_run_that_was_done_and_passes_over_one_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = importlib.import_module("flows.schedule")
+    for name in ("load", "rollout", "score", "update", "evaluate", "export"):
+        monkeypatch.setitem(sys.modules, f"stages.{name}", sys.modules.get(f"stages.{name}"))
+    small_stages.install()
+    monkeypatch.setattr(schedule, "deployment", mock.Mock())
+    schedule.deployment.name = "nightly"
+    config = resolved(preset("tiny_test"))
+    done = schedule.fresh(config, tmp_path)
+    with Session() as session, open(os.devnull, "w") as nowhere, Lines(nowhere) as view:
+        loop(config, local(done, config, session, view))
+    longer = replace(config, "train", iterations=3)
+    assert schedule.left_unfinished(longer, tmp_path) is None
+    begun = schedule.fresh(config, tmp_path)
+    for body in (b'{"nonsense": 1}', b"\xff\xff\xff"):
+        unreadable = schedule.fresh(config, tmp_path)
+        (unreadable.path / "config.json").write_bytes(body)
+        assert schedule.left_unfinished(longer, tmp_path).path == begun.path
+        assert f"{unreadable.path} is passed over" in caplog.text
 
 
 class Machine:

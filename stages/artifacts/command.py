@@ -9,7 +9,7 @@ from stages.artifacts.execute import execute, survey
 from stages.artifacts.keys import upstream_of
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import Progress, Session, StageContext, StageId
-from stages.config import RunConfig, UserError
+from stages.config import RunConfig, UserError, pasteable
 from stages.config import replace as replace_config
 from stages.exits import guarded
 
@@ -25,7 +25,8 @@ def main(name: str, run: Callable[[StageContext], None]) -> None:
     elif name == "export":
         parser.add_argument("--format", choices=("mxfp4", "fp16", "bf16", "adapter"), help="instead of the config's")
     args = parser.parse_args()
-    sys.exit(guarded(lambda: run_one(name, run, args), resume=f"python -m stages.{name} {' '.join(sys.argv[1:])}"))
+    again = pasteable("python", "-m", f"stages.{name}", *sys.argv[1:])
+    sys.exit(guarded(lambda: run_one(name, run, args), resume=again))
 
 
 def run_one(name: str, function: Callable[[StageContext], None], args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def require_upstream(run: RunDir, config: RunConfig, stage: StageId) -> None:
         raise UserError(f"{stage} is not in this run of {config.train.iterations} iterations", "they count from 0")
     for other, decision in survey(run, config, every_upstream(stage)):
         if decision.action == "RUN":
-            hint = f"run what is missing with: flexsink resume {run.path}"
+            hint = f"run what is missing with: {pasteable('flexsink', 'resume', run.path)}"
             raise UserError(f"{stage} needs {other}: {decision.reason}", hint)
 
 

@@ -21,7 +21,7 @@ from stages.artifacts.manifest import NAME, Manifest, fsync, recorded
 from stages.artifacts.manifest import TIMINGS as TIMINGS_FILE
 from stages.artifacts.run import RunDir, explained, locked
 from stages.artifacts.stage import Report, Session, StageContext, StageId, silent
-from stages.config import RunConfig, UserError
+from stages.config import RunConfig, UserError, pasteable
 
 
 class Decision(NamedTuple):
@@ -127,10 +127,11 @@ def make(context: StageContext, function: Callable[[StageContext], None]) -> Non
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # nothing here imports torch
             raise
+        less = "update.memory_bytes=12000000000" if context.stage.name == "update" else "rollout.cache_bytes=2000000000"
         raise UserError(
             f"the card's memory ran out in {context.stage}: {str(error).splitlines()[0]}",
-            "end what else uses the card, or let the run take less of it by update.memory_bytes and "
-            f"rollout.cache_bytes; then: flexsink resume {context.run.path}",
+            "end what else uses the card, or give the stage less of it; then go on, for example with: "
+            + pasteable("flexsink", "resume", context.run.path, less),
         ) from None
 
 
@@ -142,7 +143,7 @@ def remove_journals(folder: Path) -> None:
 def finished_digest(run: RunDir, stage: StageId, reader: StageId) -> str:
     """The content digest of a stage that `reader` reads, its files verified."""
     manifest = run.manifest(stage)
-    hint = f"make it with: flexsink resume {run.path}"
+    hint = f"make it with: {pasteable('flexsink', 'resume', run.path)}"
     if manifest is None:
         raise UserError(f"{reader} needs {stage}, which is not done", hint)
     damage = manifest.damage(run.folder(stage))

@@ -18,7 +18,7 @@ from stages.artifacts.parquet import METRICS, ROLLOUTS, SCORES, SUMMARY, part_pa
 from stages.artifacts.parquet import TIMINGS as TIMINGS_SCHEMA
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
-from stages.config import UserError
+from stages.config import UserError, pasteable
 
 CHECKS = tuple(SCORES.names[SCORES.get_field_index("detail") + 1 :])  # stages/tasks/checks.py
 FIGURES = ("group_index", "reward", "outcome", "num_tokens", "finish_reason", *CHECKS)
@@ -150,7 +150,7 @@ def completions(run: RunDir, iteration: int, columns: Sequence[str] | None = Non
     if places.null_count or len(scores) != len(rollouts):
         raise UserError(
             f"the scores of iteration {iteration} are not of its rollouts",
-            f"make them again: flexsink resume {run.path}",
+            f"make them again: {pasteable('flexsink', 'resume', run.path)}",
         )
     if not places.equals(pa.chunked_array([range(len(places))], places.type)):
         rollouts = rollouts.take(places)

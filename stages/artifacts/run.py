@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.artifacts.manifest import Manifest, fsync, versions
 from stages.artifacts.stage import StageId
-from stages.config import RunConfig, UserError
+from stages.config import RunConfig, UserError, pasteable
 
 
 class RunDir:
@@ -30,7 +30,8 @@ class RunDir:
         run = cls(path)
         with explained(path):
             if (path / "config.json").exists():
-                raise UserError(f"{path} already holds a run", f"go on with it by: flexsink resume {path}")
+                again = pasteable("flexsink", "resume", path)
+                raise UserError(f"{path} already holds a run", f"go on with it by: {again}")
             entries = list(path.iterdir()) if path.is_dir() else []
             halves = [entry for entry in entries if entry.name.startswith(HALVES)]  # of a kill in this very function
             if any(entry.name not in KNOWN for entry in entries if entry not in halves):
@@ -54,7 +55,7 @@ class RunDir:
 
     def config(self) -> RunConfig:
         with explained(self.path):
-            return RunConfig.from_json((self.path / "config.json").read_text())
+            return RunConfig.from_json((self.path / "config.json").read_bytes())
 
     def save_config(self, config: RunConfig) -> None:
         with explained(self.path):
@@ -79,10 +80,27 @@ class RunDir:
         """Whether no stage was ever published here."""
         return not any(self.path.rglob("manifest.json"))
 
-    def discard(self) -> None:
-        """Removes a run in which no stage was published."""
-        assert self.is_blank()
-        shutil.rmtree(self.path)
+    def discard(self) -> bool:
+        """Removes what a run wrote that published no stage, and its folder where nothing else is in it.
+
+        False, and nothing is removed, where a stage was published or another process works on the run.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.lock())
+            except UserError:
+                return False
+            if not self.is_blank():
+                return False
+            for path in [path for pattern in UNFINISHED for path in self.path.glob(pattern)]:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        for folder in (self.logs, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # not where others have files in it, such as the log of the job that runs this
+        return True
 
     @property
     def logs(self) -> Path:
@@ -109,15 +127,32 @@ class RunDir:
 
 KNOWN = {"logs", "environment.json", "config.json", ".lock"}
 HALVES = (".environment.json.", ".config.json.")  # what write_json leaves when it is killed
+# All that a run without a stage has written, as patterns. Its lock comes last: until then nobody else begins.
+UNFINISHED = (
+    "config.json",
+    "environment.json",
+    ".tmp-*",
+    ".lock-load",
+    "logs/flexsink.log",
+    "logs/flow_runs.txt",
+    "logs/tracked-*.txt",
+    "logs/metrics.prom",
+    ".lock",
+)
+ANOTHER = "choose another folder with --run-dir"
+ELSEWHERE = "choose another place"
 NO_SPACE = "free some space (flexsink runs shows what is large), then go on with: flexsink resume RUN"
 
 
 @contextlib.contextmanager
-def locked(path: Path, message: str, *, wait: bool) -> Iterator[None]:
-    """Holds the lock file; when another process does, waits for it or raises UserError. A kill releases it."""
+def locked(path: Path, message: str, *, wait: bool, hint: str = ANOTHER) -> Iterator[None]:
+    """Holds the lock file; when another process does, waits for it or raises UserError. A kill releases it.
+
+    hint: what helps where the file cannot be written
+    """
     from filelock import FileLock, Timeout
 
-    with explained(path.parent):
+    with explained(path.parent, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
@@ -125,7 +160,6 @@ def locked(path: Path, message: str, *, wait: bool) -> Iterator[None]:
         except Timeout:
             raise UserError(message, "wait until it has finished, or end it") from None
         except NotImplementedError:
-            hint = "choose a local folder with --run-dir"
             raise UserError(f"{path.parent} lies on a file system without locks", hint) from None
     try:
         yield
@@ -134,36 +168,52 @@ def locked(path: Path, message: str, *, wait: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns a full disk, a read-only folder or missing rights into a UserError that says so."""
+def explained(path: Path, hint: str = ANOTHER) -> Iterator[None]:
+    """Turns a full disk, a read-only folder or missing rights into a UserError that says so.
+
+    path: the folder that is worked in; hint: what helps where that is at fault
+    """
     try:
         yield
     except OSError as error:
-        known = explanation(error, path)
+        known = explanation(error, path, hint)
         if known is None:
             raise
         raise known from error
 
 
-def explanation(error: BaseException, path: Path) -> UserError | None:
-    """The UserError for an operating system error a person can do something about; None for any other."""
+def explanation(error: BaseException, path: Path, hint: str = ANOTHER) -> UserError | None:
+    """The UserError for an operating system error a person can do something about; None for any other.
+
+    hint: what helps where the file is in `path`, or `path` in it; of another, such as a checkpoint, only its owner can
+    """
     import errno
 
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
-            where = seen.filename or path
+            where = Path(os.fsdecode(seen.filename)) if isinstance(seen.filename, str | bytes) else path
+            inside = where.is_relative_to(path) or path.is_relative_to(where)
             match seen.errno:
                 case errno.ENOSPC | errno.EDQUOT:
                     return UserError(f"the disk is full: {path}", NO_SPACE)
                 case errno.EROFS:
-                    return UserError(f"{where} lies on a read-only file system", "choose another folder with --run-dir")
+                    return UserError(f"{where} lies on a read-only file system", hint if inside else ELSEWHERE)
                 case errno.EACCES | errno.EPERM:
-                    return UserError(f"no permission to write {where}", "change its owner, or choose another --run-dir")
+                    more = f", or {hint}" if inside else ""
+                    return UserError(f"no permission to read or write {where}", f"change its owner or its mode{more}")
+                case errno.ENAMETOOLONG:
+                    return UserError(f"too long a name: {shortened(where)}", "choose a shorter one")
                 case errno.ENOTDIR | errno.EEXIST:
-                    return UserError(f"{where} is a file, not a folder", "choose another folder with --run-dir")
+                    return UserError(f"{where} is a file, not a folder", hint if inside else ELSEWHERE)
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def shortened(path: Path) -> str:
+    """Both ends of a long path."""
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
 
 
 def write_json(path: Path, body: Any) -> None:

@@ -62,7 +62,7 @@ def default_path(bench: str, gpu: str) -> Path:
 
 def write(path: Path, body: Row) -> None:
     """Writes the JSON at once or not at all."""
-    with explained(path.parent):
+    with explained(path.parent, "choose another file with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".tmp")
         part.write_text(json.dumps(rounded(body), indent=1) + "\n")

@@ -82,7 +82,7 @@ def write(path: Path, figures: Mapping[str, Any], config: RunConfig, *, command:
         "sandbox": config.to_dict()["sandbox"],
         "figures": rounded(figures),
     }
-    with explained(path.parent):
+    with explained(path.parent, "choose another file with --out"):
         write_json(path, body)
 
 

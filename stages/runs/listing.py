@@ -9,7 +9,7 @@ from stages.artifacts import history
 from stages.artifacts.parquet import read_table
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
-from stages.config import UserError
+from stages.config import UserError, pasteable
 
 
 def show(args: Namespace) -> int:
@@ -38,7 +38,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}", "start a run with: flexsink train tiny")
     if (folder / "config.json").is_file():
-        raise UserError(f"{folder} is a run, not a folder of runs", f"look at it with: flexsink inspect {folder}")
+        look = f"look at it with: {pasteable('flexsink', 'inspect', folder)}"
+        raise UserError(f"{folder} is a run, not a folder of runs", look)
     found = [listed(path.parent) for path in folder.glob("*/environment.json")]
     return sorted(found, key=lambda row: (row["created"], row["run"]))
 

@@ -12,7 +12,7 @@ from stages.artifacts.manifest import NAME
 from stages.artifacts.parquet import EVALUATIONS, SAMPLES, read_table
 from stages.artifacts.run import RunDir
 from stages.artifacts.stage import StageId
-from stages.config import UserError, unknown
+from stages.config import UserError, pasteable, unknown
 from stages.tasks import registry
 from stages.tasks.base import Task
 
@@ -153,7 +153,7 @@ def completion(run: RunDir, completion_id: str) -> dict[str, Any]:
     if completion_id not in rows:
         raise UserError(
             f"iteration {index} has no completion {completion_id}",
-            f"see which there are with: flexsink inspect {run.path} --iteration {index}",
+            f"see which there are with: {pasteable('flexsink', 'inspect', run.path, '--iteration', index)}",
         )
     advantage = advantages_of(run, index).get(completion_id)
     row = rows[completion_id] if advantage is None else {**rows[completion_id], "advantage": advantage}

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.artifacts.run import RunDir
+from stages.config import pasteable
 from stages.tasks import registry
 from stages.tasks.base import Figure, Task
 from stages.tasks.checks import COLUMNS
@@ -45,7 +46,7 @@ def print_answer(run: RunDir, answer: dict[str, Any]) -> None:
         if answer["evaluations"]:
             out.print(evaluations(answer["evaluations"], task, width=out.width))
         if not answer["iterations"] and not answer["evaluations"]:
-            out.print(f"Nothing has been scored yet; go on with: flexsink resume {run.path}")
+            out.print(f"Nothing has been scored yet; go on with: {pasteable('flexsink', 'resume', run.path)}")
     if "iteration" in answer:
         out.print(iterations([answer["iteration"]], width=out.width))
         out.print(Text(dependence(answer["iteration"]["checks"]), style="dim"))

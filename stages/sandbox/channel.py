@@ -6,6 +6,7 @@ broken frame) is not repaired: SandboxError is raised and the caller discards it
 
 import contextlib
 import json
+import logging
 import os
 import select
 import socket
@@ -14,7 +15,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from stages.sandbox.protocol import PROTOCOL_VERSION, Job, Outcome, Result, SandboxError
+from stages.sandbox.protocol import KEPT, PROTOCOL_VERSION, Job, Outcome, Result, SandboxError
+
+log = logging.getLogger(__name__)
 
 START_S = 30.0  # cold ones take 0.1-0.4 s
 REPLY_GRACE_S = 15.0  # past the job's own wall time
@@ -62,7 +65,12 @@ class Sandbox(ABC):
         self.num_jobs += 1
         reply = self.exchange({"job": job.to_message()}, job.limits.wall_s + REPLY_GRACE_S)
         if "failed" in reply:
-            raise SandboxError(f"the judge of {job.harness} failed on job {job.job_id}: {reply['failed']}")
+            trace = str(reply["failed"]).strip()
+            log.error("the judge of %s failed on job %s: %s", job.harness, job.job_id, trace)
+            raise SandboxError(
+                f"the judge of {job.harness} failed on job {job.job_id}: {trace.splitlines()[-1] if trace else '?'}",
+                f"mend judge in the task's harness, the run's log has the whole traceback; {KEPT}",
+            )
         try:
             result = Result(
                 job_id=job.job_id,

@@ -1,7 +1,8 @@
 """The backend docker: one sandbox container, how it is locked in and removed."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stages.config import UserError
@@ -12,6 +13,8 @@ from stages.sandbox.protocol import SandboxError
 
 MIB = 1 << 20
 OVERHEAD_BYTES = 128 * MIB  # supervisor and nursery 25 MB, the 2048 judge's tables up to 30 MB
+AWAY_S = 5.0  # each of a job's tries waits so long for a daemon that is being restarted
+POLL_S = 0.3
 MAX_PIDS = 12  # init, supervisor, nursery, its go-between, one case
 SOCKETS = "/socket"  # where a listening supervisor finds its folder
 # What it takes to make a socket and to accept a caller, on top of seccomp.json.
@@ -61,6 +64,18 @@ def host_config(
     return config
 
 
+def patiently(connect: Callable[[], Any]) -> Any:
+    """Returns what `connect` returns once the daemon answers; SandboxError when it does not for AWAY_S."""
+    deadline = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return connect()
+        except UserError as error:
+            if time.monotonic() >= deadline:
+                raise SandboxError(error.message) from error
+            time.sleep(POLL_S)
+
+
 class Container(Sandbox):
     """A running supervisor that knows the harnesses."""
 
@@ -77,11 +92,8 @@ class Container(Sandbox):
         import docker
 
         super().__init__(memory_bytes=memory_bytes)
-        try:
-            # A client of its own: those of the docker package keep every connection that they ever opened.
-            client = connect()
-        except UserError as error:
-            raise SandboxError(error.message) from error
+        # A client of its own: those of the docker package keep every connection that they ever opened.
+        client = patiently(connect)
         try:
             self.attached = Attached(
                 client,

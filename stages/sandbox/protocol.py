@@ -9,13 +9,19 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from stages.config import UserError
+
 PROTOCOL_VERSION = 1
 MAX_PROGRAM_BYTES = 256 << 10  # a completion of 32 k tokens is about 130 kB
 MIN_MEMORY_BYTES = 64 << 20  # an idle case maps 30 MB
+KEPT = "what was judged is kept; go on with: flexsink resume RUN"
 
 
-class SandboxError(Exception):
+class SandboxError(UserError):
     """The sandbox failed, not the program: tried again on another container, then raised; never a reward."""
+
+    def __init__(self, message: str, hint: str = f"look at Docker, if programs are judged there; {KEPT}") -> None:
+        super().__init__(message, hint)
 
 
 class Outcome(StrEnum):

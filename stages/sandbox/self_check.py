@@ -191,7 +191,7 @@ def attack_pool(
     attacks = tuple(attacks)
     for name in sorted({attack.task for attack in attacks} & set(arenas)):
         if words := honest_failure(pool, arenas[name]):
-            raise SandboxError(f"{name}, before any attack: {words}")
+            raise SandboxError(f"{name}, before any attack: {words}", "run: flexsink doctor")
     for attack in attacks:
         for mode in attack.expected:
             reason = attack.skipped.get(backend, "" if attack.task in arenas else f"{attack.task} has no judge")
