@@ -21,10 +21,11 @@ HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
 PUBLISHED = {"openai/gpt-oss-20b": 16, "openai/gpt-oss-120b": 80}  # the GB of a GPU that trains it
 
 
-def locate(source: str) -> Path:
+def locate(source: str, *, trains_here: bool = True) -> Path:
     """The folder that holds checkpoint `source`: a local folder, or a hub id fetched into the hub's cache.
 
-    Raises UserError when it is neither, or cannot be fetched.
+    Raises UserError when it is neither, or cannot be fetched; and for a published model, which is large, where this
+    process sees no GPU and is to train it (trains_here).
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -34,7 +35,7 @@ def locate(source: str) -> Path:
         raise UserError(
             f"no checkpoint folder {source}", "model.source is a folder or a hub id such as openai/gpt-oss-20b"
         )
-    if source in PUBLISHED and not torch.cuda.is_available():
+    if trains_here and source in PUBLISHED and not torch.cuda.is_available():
         raise UserError(
             f"{source} needs a GPU of {PUBLISHED[source]} GB or more, and PyTorch sees none",
             "flexsink doctor looks at this machine; flexsink train tiny needs no GPU",
