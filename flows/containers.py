@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flows import images
+from flows import devices, images
 from stages.artifacts import Progress, RunDir, StageId
 from stages.artifacts.stage import Report
 from stages.config import RunConfig, UserError
@@ -297,7 +297,7 @@ def device_requests(gpus: str) -> list[dict[str, Any]]:
     of those that CUDA_VISIBLE_DEVICES leaves, where this machine has any."""
     if gpus == "auto":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        there = Path("/proc/driver/nvidia/version").exists() and visible not in ("", "-1")
+        there = (devices.DRIVER / "version").exists() and visible not in ("", "-1")
         gpus = (visible.split(",")[0] if visible else "one") if there else "none"
     if gpus in ("none", ""):
         return []

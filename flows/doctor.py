@@ -90,7 +90,7 @@ def local_sandbox() -> Line:
 
 
 def gpu() -> Line:
-    """Never fails: a machine without a GPU trains the tiny model."""
+    """Fails only where a run could not tell which GPUs to lock: a machine without one trains the tiny model."""
     uuids = devices.gpus()
     if not uuids:
         return Line("gpu", True, "none with a driver: preset tiny trains without one, gpt_oss_* need 16 GB or more")
