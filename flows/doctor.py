@@ -38,7 +38,7 @@ def guard(name: str, action: Callable[[], Line]) -> Line:
     except Exception as error:
         # A broken installation can raise anything on import; that is what this command is to show.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return Line(name, False, reason, "set the environment up again with: bash containers/bootstrap.sh")
+        return Line(name, False, reason, "delete .venv, then: bash containers/bootstrap.sh")
 
 
 def python() -> Line:
