@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,20 @@ def explanation(error: BaseException, path: Path) -> UserError | None:
                 case errno.ENOTDIR | errno.EEXIST:
                     return UserError(f"{where} is a file, not a folder", "choose another folder with --run-dir")
         seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """The errno of the first operating system error among an error and its causes; None where there is none.
+
+    Libraries in Rust, such as safetensors, raise errors of their own that end with "(os error 28)".
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
     return None
 
 

@@ -5,6 +5,7 @@ MXFP4 (`..._blocks`, `..._scales`, as published) or dense. What is wrong is name
 needed.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stages.artifacts.run import error_number
 from stages.config import UserError
 
 HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
@@ -41,6 +43,7 @@ def locate(source: str, *, trains_here: bool = True) -> Path:
             "flexsink doctor looks at this machine; flexsink train tiny needs no GPU",
         )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     there = cached(source)
     if there is not None:
@@ -51,6 +54,9 @@ def locate(source: str, *, trains_here: bool = True) -> Path:
             snapshot_download(source, allow_patterns=list(HUB_FILES), ignore_patterns=["original/*", "metal/*"])
         )
     except Exception as error:  # the hub raises requests', httpx's and its own errors alike
+        if error_number(error) in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space there, or set HF_HOME to a folder on another disk"
+            raise UserError(f"the disk is full: {HF_HUB_CACHE}", hint) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the id and the network, or set model.source to a folder that holds the checkpoint"
         raise UserError(f"cannot fetch {source} from the hub: {reason}", hint) from error
