@@ -40,8 +40,13 @@ find_python() {
         "on Debian 12 or newer: apt-get install python3 python3-venv; elsewhere set PYTHON to one"
 }
 
+usable_venv() {  # not where its Python is gone or another, which finds no pip, nor where its scripts name another folder
+    [ -x .venv/bin/python ] && supported .venv/bin/python && .venv/bin/python -c 'import pip' 2>/dev/null &&
+        [ -f .venv/bin/activate ] && ( . .venv/bin/activate && [ "$VIRTUAL_ENV" = "$(cd .venv && pwd -P)" ] )
+}
+
 make_venv() {
-    [ -x .venv/bin/python ] && supported .venv/bin/python && return
+    usable_venv && return
     rm -rf .venv
     if ! "$python" -m venv .venv >/dev/null 2>&1; then
         rm -rf .venv
@@ -51,11 +56,18 @@ make_venv() {
     fi
 }
 
+installed_mark() {  # installed_mark LOCK...: of what is installed, where, and for which Python
+    {
+        cat "$@" pyproject.toml
+        pwd -P
+        .venv/bin/python -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null || echo none
+    } | sha256sum | cut -d' ' -f1
+}
+
 install_python() {
-    local locks=(containers/requirements.lock) wanted
+    local locks=(containers/requirements.lock)
     [ "$mode" = test ] && locks+=(containers/requirements-test.lock)
-    wanted=$(cat "${locks[@]}" pyproject.toml | sha256sum | cut -d' ' -f1)
-    if [ -f .venv/flexsink-installed ] && grep -qx "$wanted" .venv/flexsink-installed; then
+    if [ -f .venv/flexsink-installed ] && grep -qx "$(installed_mark "${locks[@]}")" .venv/flexsink-installed; then
         return
     fi
     make_venv
@@ -64,9 +76,9 @@ install_python() {
     .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off --no-compile \
         "${locks[@]/#/-r}"
     .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps --no-build-isolation -e .
-    echo "$wanted" >> .venv/flexsink-installed
+    installed_mark "${locks[@]}" >> .venv/flexsink-installed
     # The test tools come on top of the others: what suffices to test suffices to run.
-    cat containers/requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1 >> .venv/flexsink-installed
+    installed_mark containers/requirements.lock >> .venv/flexsink-installed
 }
 
 # --- Docker -------------------------------------------------------------------------------------------------------------------------

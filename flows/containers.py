@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flows import images
+from flows import devices, images
 from stages.artifacts import Progress, RunDir, StageId
 from stages.artifacts.stage import Report
 from stages.config import RunConfig, UserError
@@ -297,7 +297,7 @@ def device_requests(gpus: str) -> list[dict[str, Any]]:
     of those that CUDA_VISIBLE_DEVICES leaves, where this machine has any."""
     if gpus == "auto":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        there = Path("/proc/driver/nvidia/version").exists() and visible not in ("", "-1")
+        there = (devices.DRIVER / "version").exists() and visible not in ("", "-1")
         gpus = (visible.split(",")[0] if visible else "one") if there else "none"
     if gpus in ("none", ""):
         return []
@@ -317,8 +317,9 @@ def surroundings(run: RunDir, config: RunConfig) -> tuple[str, list[str], dict[s
         checkpoint = source.absolute()
         if not checkpoint.is_relative_to(path):
             mounts.append(f"{checkpoint}:{checkpoint}:ro")
+        mounts += linked(checkpoint, besides=(path, checkpoint))
     else:
-        cache = fetched(config.model.source)
+        cache = fetched(config.model.source, trains_here=not device_requests(config.steps.gpus))
         mounts.append(f"{cache}:{cache}:ro")
         variables["HF_HUB_CACHE"] = str(cache)
     for mount in mounts:
@@ -333,13 +334,32 @@ def surroundings(run: RunDir, config: RunConfig) -> tuple[str, list[str], dict[s
     return str(home) if usable else "/tmp/home", mounts, variables
 
 
-def fetched(source: str) -> Path:
-    """The hub's cache on this machine, with that checkpoint in it; UserError when it cannot be fetched."""
+def linked(folder: Path, *, besides: Iterable[Path]) -> list[str]:
+    """Read-only mounts of the files that links in `folder` lead to, such as ../../blobs/1f2e in a hub's snapshot.
+
+    Each is mounted alone, where the link leads in the container: its folder may hold anything. Those below `besides`
+    are in the container anyway.
+    """
+    mounts = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.is_file():
+            target = Path(os.path.normpath(folder / path.readlink()))
+            if not any(target.is_relative_to(each) for each in besides):
+                mounts.append(f"{path.resolve()}:{target}:ro")
+    return list(dict.fromkeys(mounts))  # two names of one file are one mount
+
+
+def fetched(source: str, *, trains_here: bool) -> Path:
+    """The hub's cache on this machine, with that checkpoint in it; UserError when it cannot be fetched.
+
+    trains_here: what this process sees of GPUs decides; not where the container is to get one, since this process may
+    be in a container that has none.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from stages.model.checkpoint import locate
 
-    locate(source)
+    locate(source, trains_here=trains_here)
     return Path(HF_HUB_CACHE).absolute()
 
 

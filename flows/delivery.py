@@ -17,10 +17,21 @@ def deliver(folder: Path, out: Path) -> None:
     with explained(out, ANOTHER):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(NAME, TIMINGS))
+            copy(folder, temporary)
             temporary.rename(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy(folder: Path, to: Path) -> None:
+    """Copies what an export's folder holds but manifest and timings; the first OSError ends it."""
+    # shutil.copytree goes on after an error, and tells them all in one without a number.
+    to.mkdir()
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            copy(path, to / path.name)
+        elif path.name not in (NAME, TIMINGS):
+            shutil.copy2(path, to / path.name)
 
 
 def kept(folder: Path) -> str:

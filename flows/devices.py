@@ -27,6 +27,9 @@ from stages.artifacts.run import explained
 from stages.config import RunConfig, UserError
 
 POLL_S = 1.0
+DRIVER = Path("/proc/driver/nvidia")  # seen in every container too, with or without a GPU
+CONTROL = Path("/dev/nvidiactl")  # which CUDA needs: only a container that was given a GPU has it
+UUID = re.compile(r"^GPU UUID:\s*(GPU-[0-9a-fA-F-]+)\s*$", re.MULTILINE)
 
 
 @contextlib.contextmanager
@@ -63,13 +66,16 @@ def device(config: RunConfig) -> str | None:
     """The name of what the run locks; None where it locks nothing.
 
     Example: "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
+
+    UserError where there is a GPU whose name cannot be found out.
     """
     match config.steps.lock:
         case "none" | "":
             return None
         case "gpu":
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            if config.steps.runner == "docker":
+            contained = config.steps.runner == "docker"
+            if contained:
                 match config.steps.gpus:
                     case "none":
                         return None
@@ -77,7 +83,9 @@ def device(config: RunConfig) -> str | None:
                         visible = None
                     case numbers if numbers != "auto":
                         visible = numbers
-            return first_gpu(visible, gpus())
+            if visible is not None and visible.split(",")[0].strip() in ("", "-1"):
+                return None  # CUDA is to see none, whatever is there
+            return first_gpu(visible, gpus(given=contained))
         case name:
             return name
 
@@ -96,13 +104,31 @@ def first_gpu(visible: str | None, uuids: list[str]) -> str | None:
     return next((uuid for uuid in uuids if first and uuid.startswith(first)), None)
 
 
-def gpus() -> list[str]:
-    """UUIDs of the machine's GPUs in PCI order; none where there is no driver. Makes CUDA count in the same order."""
+def gpus(*, given: bool = False) -> list[str]:
+    """UUIDs of the machine's GPUs in PCI order; none where there is no driver. Makes CUDA count in the same order.
+
+    given: Docker gives them to a container, so it does not matter whether this process could use them.
+    Errors: UserError where there is a driver, but nothing says which GPUs it has.
+    """
+    uuids = by_tool()
+    if not uuids and (DRIVER / "version").exists() and (given or CONTROL.exists()):
+        uuids = by_driver()
+        if not uuids:
+            raise UserError(
+                f"which GPUs there are is told neither by nvidia-smi nor below {DRIVER}, so none can be locked",
+                "see that nvidia-smi works here, or share the GPU with steps.lock=none",
+            )
+    if uuids:
+        # CUDA's own order is fastest first: index 1 would be another card here than there.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    return uuids
+
+
+def by_tool() -> list[str]:
+    """What nvidia-smi tells; nothing where it is missing, as in an image without NVIDIA's tools, or fails."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
-    # CUDA's own order is fastest first: index 1 would be another card here than there.
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
         done = subprocess.run(
             [command, "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
@@ -110,6 +136,23 @@ def gpus() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.startswith("GPU-")]
+
+
+def by_driver() -> list[str]:
+    """What the driver itself lists, in the order of PCI addresses, which are the folders' names.
+
+    Nothing when one UUID is missing, as of a card not yet woken (GPU-????????-...): the numbers would be of others.
+    """
+    uuids = []
+    for path in sorted(DRIVER.glob("gpus/*/information")):
+        try:
+            found = UUID.search(path.read_text())
+        except OSError:
+            return []
+        if found is None:
+            return []
+        uuids.append(found[1])
+    return uuids
 
 
 def holder(name: str) -> str:

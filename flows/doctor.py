@@ -38,7 +38,7 @@ def guard(name: str, action: Callable[[], Line]) -> Line:
     except Exception as error:
         # A broken installation can raise anything on import; that is what this command is to show.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return Line(name, False, reason, "set the environment up again with: bash containers/bootstrap.sh")
+        return Line(name, False, reason, "delete .venv, then: bash containers/bootstrap.sh")
 
 
 def python() -> Line:
@@ -90,7 +90,7 @@ def local_sandbox() -> Line:
 
 
 def gpu() -> Line:
-    """Never fails: a machine without a GPU trains the tiny model."""
+    """Fails only where a run could not tell which GPUs to lock: a machine without one trains the tiny model."""
     uuids = devices.gpus()
     if not uuids:
         return Line("gpu", True, "none with a driver: preset tiny trains without one, gpt_oss_* need 16 GB or more")

@@ -93,7 +93,7 @@ def closure(roots: Sequence[str], *, but: Iterable[str] = ()) -> list[Distributi
         try:
             found[name] = distribution(name)
         except PackageNotFoundError:
-            hint = "set the environment up again with: bash containers/bootstrap.sh"
+            hint = "delete .venv, then: bash containers/bootstrap.sh"
             raise UserError(f"package {name} is not installed, and stages need it", hint) from None
         for line in found[name].requires or ():
             needed = Requirement(line)

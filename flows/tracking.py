@@ -104,20 +104,23 @@ class Tracking:
     def finish(self, stage: StageId, *, seconds: float, reused: bool) -> None:
         if str(stage) not in self.told and self.tell(lambda: self.log(stage)):
             self.told.add(str(stage))
-            with open(self.ledger, "a") as file:
-                file.write(f"{stage}\n")
+            self.tell(lambda: self.note(stage), failed="what the tracker was told is not noted")
+
+    def note(self, stage: StageId) -> None:
+        with open(self.ledger, "a") as file:
+            file.write(f"{stage}\n")
 
     def log(self, stage: StageId) -> None:
         values = figures_of(self.run, stage)
         if values:
             self.tracker.log(values, step=stage.index)
 
-    def tell(self, action: Any) -> bool:
+    def tell(self, action: Any, *, failed: str = "the tracker was not told") -> bool:
         try:
             action()
         except Exception as error:
-            # The tracker is another program's code, often with a network behind it.
-            log.warning("the tracker was not told: %s", error)
+            # The tracker is another program's code, often with a network behind it; and a disk may be full.
+            log.warning("%s: %s", failed, error)
             return False
         return True
 

@@ -27,9 +27,17 @@ def clone(tmp_path: Path) -> Path:
     python = tmp_path / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    text = b"".join((ROOT / path).read_bytes() for path in ("containers/requirements.lock", "pyproject.toml"))
-    (tmp_path / ".venv" / "flexsink-installed").write_text(hashlib.sha256(text).hexdigest() + "\n")
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"VIRTUAL_ENV={tmp_path.resolve()}/.venv\n")
+    mark_installed(tmp_path, "requirements.lock")
     return tmp_path
+
+
+def mark_installed(folder: Path, *locks: str) -> None:
+    """Writes what bootstrap.sh does when it has installed these there."""
+    names = (*(f"containers/{name}" for name in locks), "pyproject.toml")
+    text = b"".join((folder / name).read_bytes() for name in names)
+    text += f"{folder.resolve()}\n{sys.version_info[0]} {sys.version_info[1]}\n".encode()
+    (folder / ".venv" / "flexsink-installed").write_text(hashlib.sha256(text).hexdigest() + "\n")
 
 
 def bootstrap(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,6 +110,53 @@ def test_a_changed_lock_is_installed_again(clone: Path) -> None:
     assert "pip:" not in second.stdout
 
 
+@pytest.mark.parametrize("what", ["renamed", "python gone", "python replaced", "deleted"])
+def test_an_environment_that_cannot_work_any_more_is_made_anew_once(clone: Path, what: str) -> None:
+    folder = clone.parent / f"{clone.name}-renamed" if what == "renamed" else clone
+    made = clone.parent / f"{clone.name}-made"
+    made.touch()
+    installed = f'[ "$2" = pip ] && {{ echo "pip: $*" >> {made}; exit 0; }}\nexec "{sys.executable}" "$@"\n'
+    # A Python that makes an environment of what the test needs of one.
+    python = clone.parent / f"{clone.name}-python"
+    python.write_text(
+        f"""#!/bin/sh
+[ "$2" = venv ] || exec "{sys.executable}" "$@"
+echo venv >> {made}
+mkdir -p .venv/bin
+printf '#!/bin/sh\\n%s' '{installed}' > .venv/bin/python
+printf '#!/bin/sh\\n' > .venv/bin/flexsink
+echo "VIRTUAL_ENV=$PWD/.venv" > .venv/bin/activate
+chmod +x .venv/bin/python .venv/bin/flexsink
+"""
+    )
+    python.chmod(0o755)
+    inside = clone / ".venv/bin/python"
+    (clone / ".venv/bin/flexsink").symlink_to("/bin/true")
+    local = ("train", "tiny", "sandbox.backend=local")
+    assert bootstrap(clone, *local, PYTHON=str(python)).returncode == 0
+    assert made.read_text() == ""
+    match what:
+        case "renamed":
+            clone.rename(folder)
+        case "python gone":
+            inside.unlink()
+        case "python replaced":  # by one that looks for packages elsewhere
+            minor = 12 if sys.version_info[1] == 11 else 11
+            newer = f"import sys; sys.version_info = (3, {minor}); sys.modules['pip'] = None; "
+            inside.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{newer}$2"\n')
+        case "deleted":
+            shutil.rmtree(clone / ".venv")
+    try:
+        done = bootstrap(folder, *local, PYTHON=str(python))
+        assert done.returncode == 0, done.stderr
+        assert [line.split()[0] for line in made.read_text().splitlines()] == ["venv", "pip:", "pip:"]
+        assert bootstrap(folder, *local, PYTHON=str(python)).returncode == 0
+        assert made.read_text().count("\n") == 3
+    finally:
+        if what == "renamed":
+            shutil.rmtree(folder)
+
+
 def test_with_the_local_sandbox_no_docker_is_looked_for(clone: Path) -> None:
     flexsink = clone / ".venv" / "bin" / "flexsink"
     flexsink.write_text('#!/bin/sh\necho "flexsink $*"\n')
@@ -139,10 +194,7 @@ esac
 exec "{sys.executable}" "$@"
 '''
     )
-    text = b"".join(
-        (clone / path).read_bytes() for path in (*(f"containers/{name}" for name in LOCKS), "pyproject.toml")
-    )
-    (clone / ".venv" / "flexsink-installed").write_text(hashlib.sha256(text).hexdigest() + "\n")
+    mark_installed(clone, *LOCKS)
     done = bootstrap(clone, "test", "tests")
     assert done.returncode == status, done.stderr
     assert ("failed: measured tests" in done.stderr) == bool(status)

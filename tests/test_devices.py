@@ -46,6 +46,23 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
 
 
+@pytest.fixture
+def bare_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the driver shows of two GPUs below /proc, to a process without nvidia-smi that may use them."""
+    folder = tmp_path / "proc/driver/nvidia"
+    # The first card of the bus is the second that was found.
+    for address, uuid, model in (("0000:c1:00.0", SECOND, "A"), ("0000:01:00.0", FIRST, "B")):
+        (folder / "gpus" / address).mkdir(parents=True)
+        text = f"Model: \t\t NVIDIA {model}\nIRQ:   \t\t 173\nGPU UUID: \t {uuid}\nBus Location: \t {address}\n"
+        (folder / "gpus" / address / "information").write_text(text)
+    (folder / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.1\n")
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(devices, "DRIVER", folder)
+    monkeypatch.setattr(devices, "CONTROL", tmp_path / "nvidiactl")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return folder
+
+
 def make_run(path: Path, lock: str) -> RunDir:
     return RunDir.create(path, resolved(overridden(preset("tiny_test"), [f"steps.lock={lock}"])))
 
@@ -105,6 +122,7 @@ def test_runs_share_a_device_when_asked_to(tmp_path: Path, two_gpus: None) -> No
         assert not devices.holder(SECOND)
 
 
+@pytest.mark.parametrize("machine", ["two_gpus", "bare_driver"])
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [
@@ -119,11 +137,20 @@ def test_runs_share_a_device_when_asked_to(tmp_path: Path, two_gpus: None) -> No
     ],
 )
 def test_the_locked_gpu_is_the_one_that_cuda_calls_0(
-    visible: str | None, expected: str | None, two_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: str,
+    visible: str | None,
+    expected: str | None,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    request.getfixturevalue(machine)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices.device(make_run(tmp_path / "run", "gpu").config()) == expected
+    if expected:
+        assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # numbers are CUDA's
 
 
 @pytest.mark.parametrize(
@@ -152,8 +179,35 @@ def test_the_locked_gpu_is_the_first_that_the_stages_container_is_given(
     assert devices.device(config) == expected
 
 
+def test_gpus_that_the_driver_does_not_name_are_refused_unless_they_are_shared(
+    bare_driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bare_driver / "gpus/0000:01:00.0/information"
+    path.write_text(path.read_text().replace(FIRST, "GPU-????????-????-????-????-????????????"))
+    config = make_run(tmp_path / "run", "gpu").config()
+    with pytest.raises(UserError, match="which GPUs there are") as raised:
+        devices.device(config)
+    assert "steps.lock=none" in raised.value.hint
+    assert devices.device(replace(config, "steps", lock="none")) is None
+    assert devices.device(replace(config, "steps", lock="mine")) == "mine"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.device(config) is None
+
+
+def test_a_process_without_a_gpu_locks_one_only_where_docker_gives_it_to_its_stages(
+    bare_driver: Path, tmp_path: Path
+) -> None:
+    devices.CONTROL.unlink()  # as in the worker's container
+    config = make_run(tmp_path / "run", "gpu").config()
+    assert devices.device(config) is None
+    assert devices.device(replace(config, "steps", runner="docker")) == FIRST
+    assert devices.device(replace(config, "steps", runner="docker", gpus="1")) == SECOND
+    assert devices.device(replace(config, "steps", runner="docker", gpus="none")) is None
+
+
 def test_a_machine_without_a_gpu_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "nowhere")
     run = make_run(tmp_path / "run", "gpu")
     with devices.held(run, run.config()):
         assert not (tmp_path / "locks").exists()

@@ -73,6 +73,20 @@ def test_the_composition_keeps_its_data_listens_here_only_and_gives_the_docker_s
 
 
 @needs_compose
+def test_whoever_starts_stages_in_containers_keeps_checkpoints_where_the_host_has_them_too(tmp_path: Path) -> None:
+    worker = compose(tmp_path)["services"]["worker"]
+    assert Path(worker["environment"]["HF_HOME"]).is_relative_to(tmp_path)
+    assert any(str(tmp_path) in str(volume) for volume in worker["volumes"])
+    deployments = yaml.safe_load((ROOT / "containers/prefect.yaml").read_text())["deployments"]
+    pools = [each["work_pool"] for each in deployments if each["work_pool"]["name"] == "flexsink-docker"]
+    assert pools
+    for pool in pools:
+        home = "{{ $FLEXSINK_HOME }}"
+        assert pool["job_variables"]["env"]["HF_HOME"].startswith(f"{home}/")
+        assert f"{home}:{home}" in pool["job_variables"]["volumes"]
+
+
+@needs_compose
 def test_a_composition_without_a_password_is_refused() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "FLEXSINK_AUTH"}
     environment |= {"FLEXSINK_HOME": "/tmp"}

@@ -18,6 +18,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 
 from flows import containers, images, steps
 from flows.containers import Crew, StageContainer, StageFailed, device_requests
@@ -25,6 +26,7 @@ from flows.progress import Lines
 from stages.artifacts import RunDir, Session, StageId
 from stages.artifacts.stage import silent
 from stages.config import RunConfig, UserError, replace
+from stages.model import checkpoint
 from stages.sandbox.attached import Attached
 from stages.sandbox.image import connect
 from tests.contained import SCORE, config_of, in_process, make, of_run, rolled_out, volumes, wait_for
@@ -171,6 +173,75 @@ def test_a_checkpoint_of_the_hub_comes_with_the_cache_that_it_is_in(
     _, mounts, variables = containers.surroundings(run, config)
     assert mounts == [f"{run.path}:{run.path}:rw", f"{cache}:{cache}:ro"]
     assert (variables["HF_HUB_CACHE"], variables["HF_HUB_OFFLINE"]) == (str(cache), "1")
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_a_folder_of_links_as_the_hubs_cache_has_is_whole_in_the_container(
+    run: RunDir, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_link: bool
+) -> None:
+    blobs, snapshot = tmp_path / "model/blobs", tmp_path / "model/snapshots/0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere.jinja"
+    for name, link in (("config.json", "../../blobs/1f2e"), ("same.json", "../../blobs/1f2e")):
+        (snapshot / name).symlink_to(link)
+    (snapshot / "chat_template.jinja").symlink_to(elsewhere)
+    (snapshot / "again.json").symlink_to("config.json")
+    (snapshot / "lost.json").symlink_to("../../blobs/gone")
+    (blobs / "1f2e").write_text("{}")
+    (blobs / "others").write_text("not the checkpoint's")
+    elsewhere.write_text("{{ }}")
+    source = snapshot
+    if by_link:
+        source = tmp_path / "somewhere/else/by/link"
+        source.parent.mkdir(parents=True)
+        source.symlink_to(snapshot)
+    text = (
+        f"import json, pathlib\nfolder = pathlib.Path({str(source)!r})\n"
+        "found = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}\n"
+        "found['blobs'] = [path.name for path in (folder / '../../blobs').iterdir()]\n"
+        "print(json.dumps({'error': [json.dumps(found), '']}))\n"
+    )
+
+    def start(client: Any, image: str, **settings: Any) -> StageContainer:
+        settings["options"] |= {"entrypoint": ["python3", "-c", text], "command": []}
+        return StageContainer(client, image, **settings)
+
+    monkeypatch.setattr(containers, "StageContainer", start)
+    config = replace(config, "model", source=str(source))
+    with Crew(run, config) as crew:
+        crew.keep_sandboxes(False)
+        container = crew.start("score", {})
+        try:
+            with pytest.raises(UserError) as told:
+                container.ask(config, SCORE, silent)
+        finally:
+            container.discard()
+    assert json.loads(told.value.message) == {
+        "again.json": "{}",
+        "blobs": ["1f2e"],
+        "chat_template.jinja": "{{ }}",
+        "config.json": "{}",
+        "same.json": "{}",
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_published_model_is_fetched_by_a_process_without_a_gpu_where_the_container_gets_one(
+    run: RunDir, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "cached", lambda source: asked.append(source) or snapshot)
+    config = replace(config, "model", source="openai/gpt-oss-20b")
+    with pytest.raises(UserError, match="needs a GPU of 16 GB"):
+        containers.surroundings(run, replace(config, "steps", gpus="none"))
+    assert not asked
+    _, mounts, _ = containers.surroundings(run, replace(config, "steps", gpus="all"))
+    assert asked == ["openai/gpt-oss-20b"]
+    assert f"{tmp_path}:{tmp_path}:ro" in mounts
 
 
 # How the end of a container is told.

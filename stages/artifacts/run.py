@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +215,20 @@ def shortened(path: Path) -> str:
     """Both ends of a long path."""
     text = str(path)
     return text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """The errno of the first operating system error among an error and its causes; None where there is none.
+
+    Libraries in Rust, such as safetensors, raise errors of their own that end with "(os error 28)".
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_json(path: Path, body: Any) -> None:

@@ -5,6 +5,7 @@ MXFP4 (`..._blocks`, `..._scales`, as published) or dense. What is wrong is name
 needed.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,16 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stages.artifacts.run import error_number
 from stages.config import UserError
 
 HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
 PUBLISHED = {"openai/gpt-oss-20b": 16, "openai/gpt-oss-120b": 80}  # the GB of a GPU that trains it
 
 
-def locate(source: str) -> Path:
+def locate(source: str, *, trains_here: bool = True) -> Path:
     """The folder that holds checkpoint `source`: a local folder, or a hub id fetched into the hub's cache.
 
-    Raises UserError when it is neither, or cannot be fetched.
+    Raises UserError when it is neither, or cannot be fetched; and for a published model, which is large, where this
+    process sees no GPU and is to train it (trains_here).
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -34,12 +37,13 @@ def locate(source: str) -> Path:
         raise UserError(
             f"no checkpoint folder {source}", "model.source is a folder or a hub id such as openai/gpt-oss-20b"
         )
-    if source in PUBLISHED and not torch.cuda.is_available():
+    if trains_here and source in PUBLISHED and not torch.cuda.is_available():
         raise UserError(
             f"{source} needs a GPU of {PUBLISHED[source]} GB or more, and PyTorch sees none",
             "flexsink doctor looks at this machine; flexsink train tiny needs no GPU",
         )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     there = cached(source)
     if there is not None:
@@ -50,6 +54,9 @@ def locate(source: str) -> Path:
             snapshot_download(source, allow_patterns=list(HUB_FILES), ignore_patterns=["original/*", "metal/*"])
         )
     except Exception as error:  # the hub raises requests', httpx's and its own errors alike
+        if error_number(error) in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space there, or set HF_HOME to a folder on another disk"
+            raise UserError(f"the disk is full: {HF_HUB_CACHE}", hint) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the id and the network, or set model.source to a folder that holds the checkpoint"
         raise UserError(f"cannot fetch {source} from the hub: {reason}", hint) from error

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.config import UserError
 from stages.kernels.trained_linear import Projection
 from stages.model.experts import ExpertLora, Experts
+from stages.model.files import save_tensors
 from stages.model.nf4 import dense_weight
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -160,7 +161,7 @@ def save_adapter(
     parameters: all that trains, with our names.
     """
     tensors = {peft_name(name): to_peft(name, parameter.detach()).contiguous().cpu() for name, parameter in parameters}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.model.checkpoint import Checkpoint
+from stages.model.files import save_tensors
 from stages.model.lora import ATTENTION_TARGETS
 from stages.model.mxfp4 import Mxfp4, dequantize, quantize
 from stages.model.policy import Policy
@@ -179,7 +179,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     number = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
+        save_tensors(shard, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
         owners.update(dict.fromkeys(shard, number))
 
     for name, tensor in tensors:

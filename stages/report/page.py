@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from stages.artifacts.run import explained
 from stages.report import checks, games, training
 from stages.report.contents import Contents
 
@@ -35,14 +36,23 @@ FOOTER = "<footer>Made by flexsink from the run's Parquet files. This page loads
 
 
 def write(run_dir: Path, *, out: Path | None = None) -> Path:
-    """Write the report of `run_dir` in one piece to `out` (run_dir/report.html) and return its path."""
+    """Write the report of `run_dir` in one piece to `out` (run_dir/report.html) and return its path.
+
+    Its folder is made where it is missing; UserError where it cannot be written.
+    """
     from stages.report.collect import collect
 
     text = render(collect(run_dir))
     path = out or run_dir / "report.html"
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
     return path
 
 

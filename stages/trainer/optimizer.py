@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stages.config import UpdateConfig, UserError
+from stages.model.files import save_tensors
 from stages.model.nf4 import bitsandbytes
 from stages.model.policy import Policy
 
@@ -102,7 +103,7 @@ def save_optimizer(
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor | int | float)
     }
-    save_file(tensors, folder / "optimizer.safetensors")
+    save_tensors(tensors, folder / "optimizer.safetensors")
     state: dict[str, Any] = {"policy_version": policy.version, "optimizer_steps": step}
     if scaler is not None and scaler.is_enabled():
         state["loss_scale"] = scaler.state_dict()
