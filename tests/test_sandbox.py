@@ -14,6 +14,7 @@ from stages.config import SandboxConfig, UserError
 from stages.sandbox import Job, Limits, Outcome, Result, SandboxError, SandboxPool, open_pool, reap
 from stages.sandbox.container import host_config
 from stages.sandbox.image import connect
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.docker
 
@@ -78,7 +79,7 @@ def guessing(program: str, *secrets: object, limits: Limits | None = None) -> Jo
 
 
 def judged(pool: SandboxPool, program: str, *secrets: object, limits: Limits | None = None) -> Result:
-    return pool.submit(guessing(program, *secrets, limits=limits)).result(timeout=60)
+    return pool.submit(guessing(program, *secrets, limits=limits)).result(timeout=PATIENCE_S)
 
 
 def own_containers(**labels: str) -> list[dict]:
@@ -191,7 +192,7 @@ def test_a_container_killed_under_a_job_is_replaced_and_the_job_judged(pool: San
     assert not future.done()
     before = pool.num_started
     connect().remove_container(next(iter(pool.live)).id, force=True)
-    result = future.result(timeout=180)
+    result = future.result(timeout=PATIENCE_S)
     assert result.outcome is Outcome.ok
     assert [row["tries"] for row in result.cases] == [1, 1]
     assert pool.num_started == before + 1
@@ -406,7 +407,7 @@ def test_supervisor_and_pipe_use_at_most_twice_20_us_of_cpu_a_move(pool: Sandbox
     )
     figures = []
     for _ in range(5):
-        result = pool.submit(job).result(timeout=60)
+        result = pool.submit(job).result(timeout=PATIENCE_S)
         assert result.cases == ({"moves": 16 * rounds},)
         figures.append((result.cpu_s + result.supervisor_cpu_s) / (16 * rounds))
     print(

@@ -19,6 +19,7 @@ from stages.sandbox import Job, Limits, Outcome, Result, SandboxPool
 from stages.sandbox.corpus import load
 from stages.sandbox.image import connect
 from stages.sandbox.self_check import HARNESS, LIMITS, ROUNDS, Pick, attack_once, limits_of
+from tests.patience import PATIENCE_S
 from tests.sandbox_backends import opened
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
@@ -114,7 +115,7 @@ def judge(pool: SandboxPool, count: int, seed: int) -> list[str]:
 
 
 def settle(waiting: list) -> list[str]:
-    done = [(future.result(timeout=300), job, expected) for future, job, expected in waiting]
+    done = [(future.result(timeout=PATIENCE_S), job, expected) for future, job, expected in waiting]
     waiting.clear()
     return [f"{job.program}: {result}" for result, job, expected in done if not right(result, expected)]
 

@@ -18,6 +18,7 @@ from stages.sandbox.image import connect
 from stages.sandbox.keeper import Keeper
 from stages.sandbox.self_check import HARNESS, Pick, attack_pool
 from tests.contained import wait_for
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("stage_images")]
 
@@ -106,14 +107,14 @@ def test_a_sandbox_is_used_up_by_its_caller_and_has_a_successor_in_a_new_folder(
     sockets = Path(keeper.root)
     for number in range(2):
         with open_pool(keeper.config, harnesses={"h": harness}, labels={}, sockets=sockets) as pool:
-            good = pool.submit(job("def f():\n    return 'yes'\n")).result(timeout=60)
+            good = pool.submit(job("def f():\n    return 'yes'\n")).result(timeout=PATIENCE_S)
             assert (good.outcome, good.cases) == (Outcome.ok, ({"answer": "yes"},))
             endless = pool.submit(job("def f():\n    while True: pass\n"))
             group = wait_for(lambda: groups_of_case(keeper))
             assert group == "-", "a case has no group, least of all the caller's"
-            assert endless.result(timeout=60).outcome is Outcome.timeout
+            assert endless.result(timeout=PATIENCE_S).outcome is Outcome.timeout
             calling = job("def f():\n    import socket\n    return str(socket.socket(socket.AF_UNIX))\n")
-            assert pool.submit(calling).result(timeout=60).outcome is Outcome.foreign_import
+            assert pool.submit(calling).result(timeout=PATIENCE_S).outcome is Outcome.foreign_import
         wait_for(lambda started=2 * number + 3: keeper.num_started >= started)  # one for the timeout, one at the end
     names = sorted(folder.name for folder in sockets.iterdir())
     assert names[:4] == [f"0000-{number:06d}" for number in range(4)]

@@ -30,6 +30,7 @@ import yaml
 from flows import server
 from flows.train import stages_of
 from stages.artifacts import RunDir, survey
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "containers/compose.yaml"
@@ -243,7 +244,9 @@ class Machine:
     def flexsink(self, *words: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "flows.cli", *words]
         environment = self.environment("worker")
-        return subprocess.run(command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        )
 
 
 def answers(port: int) -> bool:
@@ -267,7 +270,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         machine.start("server")
         wait_for(lambda: server.healthy(machine.url), 120, "the server")
         deployments = machine.start("deployments")
-        assert deployments.wait(timeout=120) == 0, (machine.home / "deployments.log").read_text()
+        assert deployments.wait(timeout=PATIENCE_S) == 0, (machine.home / "deployments.log").read_text()
         parameters = {"preset_name": "tiny_test", "overrides": []}
         machine.ask(f"deployments/{machine.deployment()}", method="PATCH", parameters=parameters)
         yield machine
