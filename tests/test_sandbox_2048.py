@@ -79,6 +79,7 @@ def test_a_program_that_ends_early_has_no_game_won(pool: SandboxPool, program: s
     assert all(row["state"] != "won" for row in result.cases)
 
 
+@pytest.mark.timed
 def test_supervisor_pipe_and_rules_use_at_most_twice_20_us_a_move(pool: SandboxPool) -> None:
     program = "import random\ndef strategy(board):\n    return random.choice('WASD')\n"
     result = judged(pool, program, tuple(range(64)))

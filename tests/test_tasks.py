@@ -99,6 +99,7 @@ def test_extraction_runs_nothing(tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.timed
 def test_extraction_of_megabytes_takes_less_than_a_second():
     start = time.process_time()
     for text in (
