@@ -75,8 +75,8 @@ def test_ten_sandboxes_killed_in_mid_run_change_no_verdict(tmp_path: Path) -> No
         journal = wait_for(lambda: next(iter(below(run.path, "verdicts.journal")), None))
         wait_for(lambda: journal.read_bytes())
         while len(killed) < 10 and not done.is_set():
-            victims = [each["Id"] for each in of_run(run, "sandbox") if each["State"] == "running"]
-            if victims:
+            running = {each["Id"] for each in of_run(run, "sandbox") if each["State"] == "running"}
+            if victims := sorted(running.difference(killed)):
                 victim = draw.choice(victims)
                 with contextlib.suppress(Exception):  # it may just be ending
                     client.kill(victim)
@@ -177,14 +177,14 @@ def test_a_checkpoint_of_the_hub_comes_with_the_cache_that_it_is_in(
 
 
 def test_a_killed_stage_container_is_a_line_and_the_next_try_goes_on(tmp_path: Path) -> None:
-    config = config_of(prompts=4, group_size=16)
+    config = config_of(prompts=16, group_size=16)
     run = rolled_out(tmp_path / "run", config)
     inside = in_process(run, tmp_path / "other", config)
 
     def kill() -> None:
+        client = connect()
         journal = wait_for(lambda: next(iter(below(run.path, "verdicts.journal")), None))
         wait_for(lambda: journal.read_bytes().count(b"\n") >= 5)
-        client = connect()
         client.kill(of_run(run, "score")[0]["Id"])
         client.close()
 
