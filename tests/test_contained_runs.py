@@ -63,7 +63,7 @@ def started(run: RunDir) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_container_and_no_volume(tmp_path: Path, number: signal.Signals) -> None:
-    run = rolled_out(tmp_path / "run", config_of(prompts=4, group_size=16))
+    run = rolled_out(tmp_path / "run", config_of(prompts=16, group_size=16))
     process = living(run)
     os.kill(process.pid, number)
     assert process.wait(PATIENCE_S) == 130
@@ -71,7 +71,7 @@ def test_an_interrupt_leaves_no_container_and_no_volume(tmp_path: Path, number: 
 
 
 def test_containers_end_with_a_killed_process_and_the_next_start_removes_what_is_left(tmp_path: Path) -> None:
-    config = config_of(prompts=8, group_size=16)
+    config = config_of(prompts=16, group_size=16)
     run = rolled_out(tmp_path / "run", config)
     process = living(run)
     os.killpg(process.pid, signal.SIGKILL)
