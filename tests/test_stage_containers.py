@@ -243,7 +243,7 @@ def test_what_a_stage_logs_and_prints_comes_out_while_it_runs(
         'import sys, time\nprint("half a", end="", file=sys.stderr)\ntime.sleep(0.2)\nprint(" line", file=sys.stderr)\n'
         'print(\'{"progress": ["score 0", 1, 2, "completions", {"mean reward": 0.5}]}\')\n'
         'print(\'{"log": ["stages.score", 20, "told"]}\')\nprint(\'{"log": ["stages.score", 30, "warned"]}\')\n'
-        "sys.stdin.readline()\ntime.sleep(2)\nprint('{\"done\": true}')\ntime.sleep(60)\n"
+        "sys.stdin.readline()\nsys.stdin.readline()\nprint('{\"done\": true}')\ntime.sleep(60)\n"
     )
     progress = []
     container = script(run, text)
@@ -255,7 +255,7 @@ def test_what_a_stage_logs_and_prints_comes_out_while_it_runs(
     def seen() -> bool:
         nonlocal errors
         errors += capfd.readouterr().err
-        return "warned" in errors and "half a line\n" in errors  # which come by pipes of their own
+        return "warned\n" in errors and "half a line\n" in errors  # which come by pipes of their own
 
     wait_for(seen)
     assert asked.is_alive(), "it is told before the stage ends"
@@ -264,6 +264,7 @@ def test_what_a_stage_logs_and_prints_comes_out_while_it_runs(
     assert "told" not in errors
     assert [record.getMessage() for record in caplog.records if record.name == "stages.score"] == ["told", "warned"]
     assert [tuple(each) for each in progress] == [("score 0", 1, 2, "completions", {"mean reward": 0.5})]
+    container.attached.socket.sendall(b"end\n")
     asked.join(300)
     assert not asked.is_alive()
     container.discard()
