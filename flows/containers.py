@@ -27,7 +27,7 @@ from flows import devices, images
 from stages.artifacts import Progress, RunDir, StageId
 from stages.artifacts.stage import Report
 from stages.config import RunConfig, UserError
-from stages.sandbox.attached import STDOUT, Attached, remove
+from stages.sandbox.attached import REMOVE_S, STDOUT, Attached, remove
 from stages.sandbox.image import connect
 from stages.sandbox.keeper import Keeper
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 SANDBOXES = "/sandboxes"
 LABEL = "flexsink.image"
 JUDGING = ("evaluate", "score", "export")  # stages that need sandboxes
-STATUS_S = 5.0  # how long the daemon may take to say how a container ended
+STATUS_S = 60.0  # how long the daemon may take to say how a container ended
 UNSTARTED_S = 600.0  # a container that nobody started for so long is nobody's
 KILLED, STOPPED = 137, 143
 NO_RUNTIME = "could not select device driver"
@@ -367,7 +367,8 @@ def remove_volume(client: Any, name: str) -> None:
     """Removes a volume; never raises: it may be gone, or a container that is just ending may still hold it."""
     import docker
 
-    for _ in range(100):
+    deadline = time.monotonic() + REMOVE_S
+    while time.monotonic() < deadline:
         try:
             client.remove_volume(name)
         except docker.errors.NotFound:

@@ -191,7 +191,7 @@ def lock_file(name: str) -> Path:
 
 def opened(path: Path) -> int:
     """A descriptor of the lock file. The first user makes folder and file so that every other may lock it too."""
-    with explained(path.parent):
+    with explained(path.parent, "set FLEXSINK_LOCKS to a folder of yours"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Docker makes a folder that it is to mount for root alone.
         if not os.environ.get("FLEXSINK_LOCKS") and path.parent.stat().st_mode & 0o777 != 0o777:

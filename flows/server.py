@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +26,9 @@ from stages.artifacts.run import explained, locked, write_json
 from stages.config import UserError
 
 HOME = Path("data/.prefect")
-START_TIMEOUT_S = 120.0
-# a new database takes 8-13 s on an idle machine of two cores
+START_TIMEOUT_S = 300.0  # a new database takes 8-13 s on an idle machine of two cores
 ELSEWHERE = "start a server elsewhere by `prefect server start`, and set PREFECT_API_URL to the address that it tells"
+ANSWER_S, ANSWER_HERE_S = 5.0, 30.0  # on this machine nothing is lost on the way: who does not answer yet is busy
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",  # else a fresh database prints a "database is locked" traceback
     "DO_NOT_TRACK": "1",
@@ -143,7 +144,9 @@ def started_at(pid: int) -> int | None:
 def healthy(url: str) -> bool:
     """Whether a Prefect server answers there."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5) as answer:
+        here = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+        timeout = ANSWER_HERE_S if here else ANSWER_S
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout) as answer:
             return bool(answer.status == 200)
     except (OSError, ValueError, urllib.error.URLError, http.client.HTTPException):
         return False

@@ -41,7 +41,7 @@ class Chromium:
             assert page.evaluate("document.title") and not page.complaints
     """
 
-    def __init__(self, *, width: int, height: int, dark: bool = False, timeout_s: float = 60) -> None:
+    def __init__(self, *, width: int, height: int, dark: bool = False, timeout_s: float = 300) -> None:
         assert BINARY
         self.complaints: list[str] = []
         self.requests: list[str] = []

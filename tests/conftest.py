@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch, here and in what tests start
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, which reads it once
 
 from tests.random_gpt_oss import write_checkpoint
+
+torch.set_num_threads(1)  # as the policy does: neither speed nor last bits depend on the tests' order
 
 # A machine for the tests marked gpu may lack what others need.
 NEEDED = {
@@ -39,7 +43,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random gpt-oss in the MXFP4 layout: 4 layers, the true architecture, weights that matter."""
-    torch.set_num_threads(1)  # as the policy does
     return write_checkpoint(tmp_path_factory.mktemp("gpt_oss"))
 
 

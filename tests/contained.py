@@ -63,7 +63,7 @@ def volumes(run: RunDir) -> list[str]:
     return found
 
 
-def wait_for(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+def wait_for(true: Callable[[], Any], seconds: float = 300.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline, "it did not happen in time"

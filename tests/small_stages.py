@@ -3,8 +3,8 @@
     python -m tests.small_stages train tiny_test --run-dir R
 
 What a stage writes follows from the seed and from what it reads, so that a resumed run can be compared with another.
-SMALL_STAGES makes them misbehave: "pause" sleeps a minute in rollout 1, "fail" fails there, "slow" sleeps in every one.
-"@FILE" reads the mood from a file, for a process that outlives it.
+SMALL_STAGES makes them misbehave: "pause" sleeps ten minutes in rollout 1, "fail" fails there, "slow" sleeps in
+every one. "@FILE" reads the mood from a file, for a process that outlives it.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ def rollout(context: StageContext) -> None:
         context.progress(piece + 1, 4, "completions", **{"tokens/s": 100.0})
         if context.stage.index == 1 and piece == 1 and mood == "pause":
             print("pausing", file=sys.stderr, flush=True)
-            time.sleep(60)
+            time.sleep(600)
         if context.stage.index == 1 and mood == "fail":
             raise UserError("the tokens ran out", "buy more tokens")
         if context.stage.index == 1 and mood == "bug":

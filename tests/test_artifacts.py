@@ -15,6 +15,7 @@ import pytest
 from stages.artifacts import Journal, Manifest, RunDir, Session, StageContext, StageId, decide, derive, execute, survey
 from stages.artifacts.keys import STAGES, inputs_of, key_of, upstream_of
 from stages.config import RunConfig, TrainConfig, UserError, replace
+from tests.patience import PATIENCE_S
 
 LOAD, ROLLOUT, SCORE = StageId("load"), StageId("rollout", 0), StageId("score", 0)
 CONFIG = RunConfig(preset="test", train=TrainConfig(iterations=2, seed=7))
@@ -342,7 +343,7 @@ def test_a_kill_before_any_file_operation_is_harmless(tmp_path: Path) -> None:
     memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path  # hundreds of fsyncs
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         command = [sys.executable, "-c", textwrap.dedent(KILLED_ANYWHERE), folder]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["kills"] > 40
@@ -367,7 +368,7 @@ def test_two_processes_on_one_stage_make_it_once(run: RunDir, tmp_path: Path) ->
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(run.path), str(tmp_path / "ran.txt")]
     both = [subprocess.Popen(command) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert [process.wait(timeout=PATIENCE_S) for process in both] == [0, 0]
     assert (tmp_path / "ran.txt").read_text() == "ran\n"
     assert decide(run, CONFIG, LOAD, {}).action == "REUSE"
 

@@ -23,6 +23,7 @@ from stages.model import lora
 from stages.model.policy import Policy
 from stages.model.shapes import SHAPES
 from stages.model.synthetic import random_tensors, synthetic_policy
+from tests.patience import PATIENCE_S
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -164,7 +165,7 @@ def test_a_bare_machine_can_import_the_model_and_ask_for_help_without_torch() ->
         "import stages.bench.update, stages.bench.update_report",
     ]
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
     assert "--replay" in done.stdout
@@ -359,7 +360,7 @@ def test_prefill_counts_every_prompt_token(policy: Policy) -> None:
 
 def test_transformers_decodes_over_its_own_caches() -> None:
     shape = dataclasses.replace(TINY, num_layers=2)
-    rows = list(peers.transformers_rows(shape, [Case(2, 200)], device=CPU, seconds=60))
+    rows = list(peers.transformers_rows(shape, [Case(2, 200)], device=CPU, seconds=600))
     assert ["error" in row for row in rows] == [False] * 3, rows
     assert [row["system"].split(", ")[1:] for row in rows] == [
         ["default", "dynamic cache"],
@@ -387,7 +388,7 @@ def test_a_peer_out_of_time_or_in_trouble_says_so(monkeypatch: pytest.MonkeyPatc
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(peers, "measured", breaks)
-    broken = list(peers.transformers_rows(shape, [Case(1, 20)], device=CPU, seconds=60))
+    broken = list(peers.transformers_rows(shape, [Case(1, 20)], device=CPU, seconds=600))
     assert [row["error"] for row in broken] == ["OutOfMemoryError: no room"] * 3
 
 

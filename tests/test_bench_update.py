@@ -43,6 +43,7 @@ from stages.grpo import LossInputs, policy_loss
 from stages.model.shapes import SHAPES
 from stages.model.synthetic import random_tensors
 from stages.trainer import Pack, Sample, deal_packs
+from tests.patience import PATIENCE_S
 from tests.tiny_training import CPU, EXACT, TINY, exact_training
 
 MODEL_20B = SHAPES["gpt-oss-20b"]
@@ -267,7 +268,7 @@ def test_iterations_are_picked_by_name() -> None:
 
 def test_transformers_with_peft_trains_on_attention_and_on_experts() -> None:
     shape = dataclasses.replace(TINY, num_layers=1)
-    rows = list(update_peers.transformers_rows(shape, [24], device=CPU, seconds=60, rank=4))
+    rows = list(update_peers.transformers_rows(shape, [24], device=CPU, seconds=600, rank=4))
     assert ["error" in row for row in rows] == [False] * 2, rows
     assert [row["targets"] for row in rows] == ["attention", "attention+experts"]
     for row in rows:
@@ -301,7 +302,7 @@ def test_a_peer_out_of_memory_or_time_says_so_in_its_row(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.nn.Linear, "set_attn_implementation", lambda *_: None, raising=False)
     monkeypatch.setattr(torch.nn.Linear, "config", SimpleNamespace(_experts_implementation="eager"), raising=False)
     monkeypatch.setattr(update_peers, "measured", breaks)
-    rows = list(update_peers.transformers_rows(shape, [50, 200], device=CPU, seconds=60, targets=["attention"]))
+    rows = list(update_peers.transformers_rows(shape, [50, 200], device=CPU, seconds=600, targets=["attention"]))
     assert rows[0]["tokens_per_s"] == 1.0
     assert rows[1]["error"] == "OutOfMemoryError: CUDA out of memory"
     assert (rows[1]["tokens"], rows[1]["lora"]) == (200, 16)
@@ -409,7 +410,7 @@ def test_a_watched_measurement_sees_what_was_taken_and_given_back(monkeypatch: p
     monkeypatch.setattr(memory, "WATCH_EVERY_S", 0.001)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 20)
     with watching.watched():
-        assert looked.wait(30)
+        assert looked.wait(PATIENCE_S)
         use = 5
     assert watching.row() == {"peak_bytes": 70, "driver_bytes": 70}
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[1]
 LOCKS = ("requirements.lock", "requirements-test.lock")
 
@@ -45,7 +47,7 @@ def bootstrap(folder: Path, *arguments: str, **environment: str) -> subprocess.C
         ["bash", str(folder / "containers" / "bootstrap.sh"), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         env={**os.environ, **environment},
     )
 

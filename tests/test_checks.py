@@ -8,6 +8,7 @@ import pytest
 from stages.config import SandboxConfig
 from stages.sandbox import Job, Limits, Outcome, Result, SandboxPool, open_pool
 from stages.tasks import checks, judging, registry
+from tests.patience import PATIENCE_S
 
 TASK = registry.get("game2048", {"games": 2, "max_moves": 40})
 SEEDS = (3, 14)
@@ -43,7 +44,7 @@ def pool() -> Iterator[SandboxPool]:
 def seen(pool, program, *, size=4):
     """The columns of a program that is judged on 2048."""
     task = registry.get("game2048", {"max_moves": 40, "size": size})
-    outcome = pool.submit(task.job("test", program, SEEDS, LIMITS)).result(timeout=60)
+    outcome = pool.submit(task.job("test", program, SEEDS, LIMITS)).result(timeout=PATIENCE_S)
     assert outcome.outcome is Outcome.ok, outcome.detail
     return checks.columns_of(outcome)
 
@@ -127,7 +128,7 @@ def test_the_probe_changes_neither_games_nor_outcomes(pool):
     with open_pool(SandboxConfig(containers=1), harnesses={TASK.name: without}, labels=labels) as plain:
         for program in programs:
             job = TASK.job("test", program, SEEDS, limits)
-            probed, unprobed = (each.submit(job).result(timeout=60) for each in (pool, plain))
+            probed, unprobed = (each.submit(job).result(timeout=PATIENCE_S) for each in (pool, plain))
             assert (probed.outcome, probed.detail, probed.cases) == (unprobed.outcome, unprobed.detail, unprobed.cases)
             assert unprobed.checks == {}
 
@@ -140,7 +141,7 @@ def test_the_probe_changes_neither_games_nor_outcomes(pool):
 def test_a_program_that_fails_when_it_is_only_probed_keeps_its_verdict(pool, act):
     program = f"def answer(question):\n    if question == '2':\n        {act}\n    return 'yes'\n"
     job = Job(job_id="x", program=program, entry="answer", harness="probed", cases=({}, {}), limits=LIMITS)
-    result = pool.submit(job).result(timeout=60)
+    result = pool.submit(job).result(timeout=PATIENCE_S)
     assert (result.outcome, result.detail) == (Outcome.ok, "")
     assert result.cases == ({"answer": "yes"},) * 2
     assert result.checks == ({"depends_on_board": True} if act == "pass" else {})
@@ -157,7 +158,7 @@ def test_a_cheat_is_a_cheat_even_when_it_is_only_probed(pool, act):
     job = Job(
         job_id="x", program=program, entry="answer", harness="probed", cases=({},), limits=LIMITS, guarded=guarded
     )
-    result = pool.submit(job).result(timeout=60)
+    result = pool.submit(job).result(timeout=PATIENCE_S)
     assert result.outcome is Outcome.cheat
     assert checks.columns_of(result)["depends_on_time"] is None
 
@@ -166,7 +167,7 @@ def test_a_cheat_is_a_cheat_even_when_it_is_only_probed(pool, act):
 def test_rows_that_a_judge_yields_before_the_program_fails_are_kept(pool):
     program = "n = 0\ndef answer(question):\n    global n\n    n += 1\n    return 'yes' if n < 3 else 1 // 0\n"
     job = Job(job_id="x", program=program, entry="answer", harness="probed", cases=({},) * 4, limits=LIMITS)
-    result = pool.submit(job).result(timeout=60)
+    result = pool.submit(job).result(timeout=PATIENCE_S)
     assert result.outcome is Outcome.crash
     assert result.cases == ({"answer": "yes"},) * 2
     assert checks.columns_of(result)["state_kept"] == "line 4: writes global n"

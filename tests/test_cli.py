@@ -23,6 +23,7 @@ from stages.config import UserError
 from stages.model.synthetic import SHAPES
 from tests import small_stages
 from tests.bench import on_gpu
+from tests.patience import PATIENCE_S
 from tests.test_flow import Lines
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def flexsink(*words: str, cwd: Path = ROOT, small: bool = False, **extra: str) -
     module = "tests.small_stages" if small else "flows.cli"
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | extra
     command = [sys.executable, "-m", module, *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def assert_refused(done: Any, message: str, hint: str = "") -> None:

@@ -12,9 +12,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,7 @@ from flows.train import loop, stages_of
 from stages.artifacts import RunDir, Session
 from stages.sandbox.image import connect
 from tests.contained import config_of, of_run, rolled_out, volumes, wait_for
+from tests.patience import PATIENCE_S
 from tests.test_resume import Flow, below, journal_at_work
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("stage_images")]
@@ -47,31 +50,37 @@ sys.exit(guarded(lambda: bool(make(run, run.config()))))
 def living(run: RunDir) -> "subprocess.Popen[bytes]":
     """A process in the middle of the run's score."""
     process = subprocess.Popen([sys.executable, "-c", LIVING, str(run.path)], cwd=ROOT, start_new_session=True)
-    wait_for(lambda: below(run.path, "verdicts.journal"), 60)
+    wait_for(lambda: below(run.path, "verdicts.journal"))
     assert {each["State"] for each in of_run(run)} >= {"running"}
     return process
 
 
+def started(run: RunDir) -> list[dict[str, Any]]:
+    """The run's containers but those that a kill between making and starting left: they hold nothing, and go with the
+    next start."""
+    return [each for each in of_run(run) if each["State"] != "created"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_container_and_no_volume(tmp_path: Path, number: signal.Signals) -> None:
-    run = rolled_out(tmp_path / "run", config_of(prompts=4, group_size=16))
+    run = rolled_out(tmp_path / "run", config_of(prompts=16, group_size=16))
     process = living(run)
     os.kill(process.pid, number)
-    assert process.wait(30) == 130
+    assert process.wait(PATIENCE_S) == 130
     assert (of_run(run), volumes(run)) == ([], [])
 
 
 def test_containers_end_with_a_killed_process_and_the_next_start_removes_what_is_left(tmp_path: Path) -> None:
-    config = config_of(prompts=8, group_size=16)
+    config = config_of(prompts=16, group_size=16)
     run = rolled_out(tmp_path / "run", config)
     process = living(run)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    wait_for(lambda: not of_run(run), 20)
+    wait_for(lambda: not started(run))
     assert len(volumes(run)) == 1
     client = connect()
     left = client.create_container(images.image_name("score"), labels={**run.labels(), containers.LABEL: "gpu"})
-    other = client.create_container(images.image_name("score"), labels={"flexsink.run": "another"})
+    other = client.create_container(images.image_name("score"), labels={"flexsink.run": f"test-another-{os.getpid()}"})
     steps.reap(run)
     assert (of_run(run), volumes(run)) == ([], [])
     with pytest.raises(Exception, match="No such container"):
@@ -110,15 +119,43 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return whole(tmp_path_factory.mktemp("quiet") / "run", "process", *OVERRIDES)
 
 
+@contextlib.contextmanager
+def created() -> Iterator[list[dict[str, str]]]:
+    """The labels of every container that is made meanwhile, all of them there at the end.
+
+    Heard as it happens: of what is past, the daemon keeps the last 256 events, of all that it does.
+    """
+    seen: list[dict[str, str]] = []
+    client, own = connect(), connect(timeout=None)
+    events = own.events(since=int(time.time()), filters={"event": "create", "type": "container"}, decode=True)
+    last = f"test-last-{os.getpid()}"
+
+    def hear() -> None:
+        for event in events:
+            seen.append(event["Actor"]["Attributes"])
+            if seen[-1].get("flexsink.run") == last:
+                return
+
+    listener = threading.Thread(target=hear, daemon=True)
+    listener.start()
+    try:
+        yield seen
+        marker = client.create_container(images.image_name("score"), labels={"flexsink.run": last})
+        client.remove_container(marker["Id"])
+        listener.join(PATIENCE_S)
+        assert not listener.is_alive()
+    finally:
+        events.close()
+        own.close()
+        client.close()
+
+
 @pytest.mark.slow
 def test_a_whole_run_in_containers_has_the_bytes_of_one_in_this_process(quiet: RunDir, tmp_path: Path) -> None:
-    started = time.time()
-    contained = whole(tmp_path / "contained", "docker", *OVERRIDES)
-    client = connect()
-    wanted = {"label": f"flexsink.run={contained.labels()['flexsink.run']}", "event": "create", "type": "container"}
-    events = client.events(since=int(started), until=int(time.time()) + 1, filters=wanted, decode=True)
-    kinds = [event["Actor"]["Attributes"].get(containers.LABEL, "sandbox") for event in events]
-    client.close()
+    with created() as seen:
+        contained = whole(tmp_path / "contained", "docker", *OVERRIDES)
+    own = [labels for labels in seen if labels.get("flexsink.run") == contained.labels()["flexsink.run"]]
+    kinds = [labels.get(containers.LABEL, "sandbox") for labels in own]
     assert (kinds.count("gpu"), kinds.count("score")) == (1, contained.config().train.iterations)
     assert (of_run(contained), volumes(contained)) == ([], [])
     assert contents(contained) == contents(quiet)
@@ -131,7 +168,7 @@ def flow(prefect_server: str) -> Flow:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200 * max(KILLS, 4))
+@pytest.mark.timeout(PATIENCE_S * max(KILLS, 4))
 def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_like_a_quiet_one(
     flow: Flow, quiet: RunDir, tmp_path: Path
 ) -> None:
@@ -159,8 +196,7 @@ def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_lik
         print(f"killed {where} {order[number]}: {len(contents(run))} stages done, at work {at_work}")
         assert before.items() <= contents(run).items()
         if (path / "config.json").exists():
-            # Killed between making a container and starting it, one holds nothing, and goes with the next start.
-            wait_for(lambda: not [each for each in of_run(run) if each["State"] != "created"], 20)
+            wait_for(lambda run=run: not started(run))
             words = ["resume", str(path), "--runner", draw.choice(["docker", "docker", "process"])]
             resumed += 1
     code, _, errors = flow.run("resume", str(path), "--runner", "docker")
@@ -173,7 +209,7 @@ def test_a_run_killed_in_and_behind_its_stages_in_and_out_of_containers_ends_lik
 
 def wait_while(process: "subprocess.Popen[str]", true: Callable[[], bool]) -> None:
     """Waits while it is true and the process lives."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None and true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -185,6 +221,6 @@ def test_an_interrupted_run_ends_its_containers_and_says_how_to_go_on(flow: Flow
     process = flow.start("train", "tiny_test", *SMALL, "--runner", "docker", "--run-dir", str(path))
     assert journal_at_work(path / "evaluations", process, name="completions", lines=1)
     os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (130, f"terminated; go on with: flexsink resume {path}\n")
     assert (of_run(RunDir(path)), volumes(RunDir(path))) == ([], [])

@@ -9,6 +9,7 @@ import pytest
 from stages.sandbox import Limits, Outcome, Result
 from stages.tasks import registry
 from tests.honest_programs import Honest, load, played
+from tests.patience import PATIENCE_S
 from tests.sandbox_backends import BACKENDS, opened
 
 TASK = registry.get("game2048", {"target": 64, "max_moves": 60})
@@ -46,7 +47,7 @@ def verdicts(request: pytest.FixtureRequest) -> Iterator[dict[str, "Future[Resul
 def test_an_honest_program_plays_the_games_that_it_plays_outside(
     verdicts: dict[str, "Future[Result]"], honest: Honest
 ) -> None:
-    result = verdicts[honest.name].result(timeout=240)
+    result = verdicts[honest.name].result(timeout=PATIENCE_S)
     assert (result.outcome, result.detail) == (Outcome.ok, "")
     expected = played(honest.program, TASK.job("expected", honest.program, SEEDS, LIMITS).cases)
     assert list(result.cases) == expected

@@ -19,6 +19,7 @@ from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
 from stages.config import RunConfig, SandboxConfig, TaskConfig, UserError
 from stages.sandbox import Limits, Outcome, open_pool
 from stages.tasks import judging, plugins, registry, tables
+from tests.patience import PATIENCE_S
 from tests.test_flow import run_locally
 from tests.test_score import rollout_row
 
@@ -237,7 +238,7 @@ def flexsink(tmp_path, *words):
     """What the command prints in a process of its own, the example installed."""
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
     command = [sys.executable, "-m", "flows.cli", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -304,7 +305,7 @@ def test_the_example_can_be_built_into_a_wheel_that_holds_all_of_it(tmp_path):
         str(tmp_path),
         folder,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     import zipfile
 

@@ -59,7 +59,9 @@ def run_through(view: Lines) -> None:
             view.finish(stage, seconds=60.0, reused=False)
 
 
-def test_the_bars_show_speed_queue_reward_and_the_time_left_and_leave_lines_alone_behind() -> None:
+def test_the_bars_show_speed_queue_reward_and_the_time_left_and_leave_lines_alone_behind(
+    now: list[float],
+) -> None:
     out = Terminal()
     view = terminal("text", out)
     assert isinstance(view, Bars)

@@ -20,6 +20,7 @@ from stages.engine import Engine
 from stages.model.policy import Policy
 from stages.runs import show
 from stages.trainer import Pack, Sample, completion_logprobs
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -143,7 +144,7 @@ def test_an_update_killed_after_its_first_step_and_run_again_leaves_the_bytes_of
 
     def process(*words: str) -> int:
         command = [sys.executable, *words, "--run-dir", str(run.path), "--iteration", "1"]
-        return subprocess.run(command, cwd=ROOT, timeout=120).returncode
+        return subprocess.run(command, cwd=ROOT, timeout=PATIENCE_S).returncode
 
     assert process("-c", KILLED_AFTER_ITS_FIRST_STEP) == -signal.SIGKILL
     assert not folder.exists()

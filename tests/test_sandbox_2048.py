@@ -9,6 +9,7 @@ from stages.config import SandboxConfig
 from stages.sandbox import Limits, Outcome, Result, SandboxPool, open_pool
 from stages.tasks import registry
 from stages.tasks.game2048.rules import Game
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.docker
 
@@ -25,7 +26,7 @@ def pool() -> Iterator[SandboxPool]:
 
 
 def judged(pool: SandboxPool, program: str, seeds: tuple[int, ...] = SEEDS) -> Result:
-    return pool.submit(TASK.job("test", program, seeds, LIMITS)).result(timeout=120)
+    return pool.submit(TASK.job("test", program, seeds, LIMITS)).result(timeout=PATIENCE_S)
 
 
 def played_here(program: str, case: dict) -> dict:
@@ -73,11 +74,12 @@ def test_writing_2048_into_the_board_wins_nothing(pool: SandboxPool) -> None:
 )
 def test_a_program_that_ends_early_has_no_game_won(pool: SandboxPool, program: str, outcome: Outcome) -> None:
     job = TASK.job("test", program, SEEDS, Limits(cpu_s=0.3, wall_s=20))
-    result = pool.submit(job).result(timeout=60)
+    result = pool.submit(job).result(timeout=PATIENCE_S)
     assert result.outcome is outcome
     assert all(row["state"] != "won" for row in result.cases)
 
 
+@pytest.mark.timed
 def test_supervisor_pipe_and_rules_use_at_most_twice_20_us_a_move(pool: SandboxPool) -> None:
     program = "import random\ndef strategy(board):\n    return random.choice('WASD')\n"
     result = judged(pool, program, tuple(range(64)))

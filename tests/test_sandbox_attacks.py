@@ -15,6 +15,7 @@ from stages.sandbox import Outcome, Result, SandboxPool
 from stages.sandbox.corpus import Attack, load, parse
 from stages.sandbox.self_check import LIMITS, Arena, Finding, Pick, attack_pool
 from stages.self_check import arenas, backends, shown, summary
+from tests.patience import PATIENCE_S
 from tests.sandbox_backends import BACKENDS, opened
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +159,7 @@ def test_the_table_shows_what_a_program_wrote_as_it_is() -> None:
 
 def flexsink(*words: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "flows.cli", "self-check", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.docker

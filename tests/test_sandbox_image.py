@@ -10,6 +10,7 @@ import pytest
 
 import stages.sandbox.image as image
 from stages.config import UserError
+from tests.patience import PATIENCE_S
 
 docker = pytest.importorskip("docker")
 
@@ -92,7 +93,7 @@ def test_the_command_says_in_one_line_that_no_daemon_answers(monkeypatch: pytest
     root = Path(image.__file__).parents[2]
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
     command = [sys.executable, "-m", "stages.sandbox", "image"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 2
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
 

@@ -19,6 +19,7 @@ from flows.config import overridden
 from flows.presets import tiny
 from stages.config import SandboxConfig, UserError
 from stages.sandbox import Job, local, open_pool, reap
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the backend local is made of Linux's walls")
 
@@ -152,7 +153,7 @@ def command_of(user: str, copy: Path, *arguments: str) -> list[str]:
 def drive(user: str, kind: str, copy: Path, jobs: list[dict[str, Any]], *options: str) -> dict[str, Any]:
     order = json.dumps({"harnesses": {"echo": ECHO, "look": LOOK}, "jobs": jobs})
     command = command_of(user, copy, kind, *options)
-    done = subprocess.run(command, input=order, cwd=copy, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, input=order, cwd=copy, capture_output=True, text=True, timeout=PATIENCE_S)
     if "OSError" in done.stderr and "try_walls" in done.stderr:
         pytest.skip(f"this kernel has no {kind} for {user}: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
@@ -343,7 +344,7 @@ def test_where_namespaces_are_off_landlock_takes_over_and_says_why(copy: Path) -
     )
     shell = f'echo 0 > /proc/sys/user/max_user_namespaces && exec {sys.executable} -B -c "$1"'
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", shell, "sh", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     if "unshare failed" in done.stderr:
         pytest.skip("no user namespaces here")
     assert done.stdout.startswith("no namespaces, one uid, Landlock"), done.stderr
@@ -354,7 +355,7 @@ def test_a_sandbox_that_is_killed_in_mid_run_loses_no_job() -> None:
         local.find_walls()
     except UserError as error:
         pytest.skip(error.message)
-    slow = "def say(question):\n    for _ in range(3 * 10 ** 6):\n        pass\n    return question.upper()\n"
+    slow = "def say(question):\n    for _ in range(10 ** 7):\n        pass\n    return question.upper()\n"
     with open_pool(SandboxConfig(backend="local", containers=1), harnesses={"echo": ECHO}, labels={}) as pool:
         answer = pool.submit(Job(job_id="1", **job_of(slow)))
         while not (pool.live and answer.running()):
@@ -362,7 +363,7 @@ def test_a_sandbox_that_is_killed_in_mid_run_loses_no_job() -> None:
         (sandbox,) = pool.live
         assert isinstance(sandbox, local.LocalSandbox)
         sandbox.warden.kill()
-        assert answer.result(timeout=60).cases == ({"answer": "{'A': 1}"}, {"answer": "{'B': 2}"})
+        assert answer.result(timeout=PATIENCE_S).cases == ({"answer": "{'A': 1}"}, {"answer": "{'B': 2}"})
         assert pool.num_started == 2
 
 

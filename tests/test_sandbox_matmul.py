@@ -11,6 +11,7 @@ from stages.sandbox import Limits, Outcome, SandboxPool, open_pool
 from stages.tasks import registry
 from stages.tasks.base import Score
 from stages.tasks.matmul.baselines import BASELINES
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.docker
 
@@ -307,7 +308,7 @@ def pool() -> Iterator[SandboxPool]:
 
 def judged(pool: SandboxPool, program: str, *, guarded: bool = True, seed: int = 0, task=TASK) -> Score:
     job = task.job("test", program, task.training_seeds(0, seed, 0), LIMITS)
-    return task.score(pool.submit(dataclasses.replace(job, guarded=guarded)).result(timeout=120))
+    return task.score(pool.submit(dataclasses.replace(job, guarded=guarded)).result(timeout=PATIENCE_S))
 
 
 def test_an_input_handed_back_earns_one_and_a_naive_product_more(pool: SandboxPool) -> None:

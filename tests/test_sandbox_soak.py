@@ -19,13 +19,14 @@ from stages.sandbox import Job, Limits, Outcome, Result, SandboxPool
 from stages.sandbox.corpus import load
 from stages.sandbox.image import connect
 from stages.sandbox.self_check import HARNESS, LIMITS, ROUNDS, Pick, attack_once, limits_of
+from tests.patience import PATIENCE_S
 from tests.sandbox_backends import opened
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
 CASES = int(os.environ.get("FLEXSINK_SOAK_CASES", "2000"))
 COSTLY_SHARE = 0.004  # an attack that uses up a limit takes a second and its container with it
-RUN = "test-soak"
+RUN = f"test-soak-{os.getpid()}"
 MIB = 1 << 20
 HONEST = Limits(cpu_s=20, wall_s=300, memory_bytes=LIMITS.memory_bytes)
 ATTACKS = [attack for attack in load() if attack.task == "pick" and len(attack.program) < 100_000]
@@ -46,7 +47,13 @@ class Use(NamedTuple):
     descriptors: int
 
 
-def own_use() -> Use:
+def own_use(pool: SandboxPool | None = None) -> Use:
+    """What this process holds; with a pool, while each of its threads has a container and no other is left."""
+    if pool is not None:
+        while len(pool.live) < pool.config.containers:
+            for future in [pool.submit(Pick().job(next(iter(GUESSES)), limits=HONEST)) for _ in range(8)]:
+                future.result(timeout=PATIENCE_S)
+        pool.undertaker.submit(int).result()
     gc.collect()
     own = psutil.Process()
     return Use(own.memory_info().rss, own.num_threads(), own.num_fds())
@@ -114,25 +121,25 @@ def judge(pool: SandboxPool, count: int, seed: int) -> list[str]:
 
 
 def settle(waiting: list) -> list[str]:
-    done = [(future.result(timeout=300), job, expected) for future, job, expected in waiting]
+    done = [(future.result(timeout=PATIENCE_S), job, expected) for future, job, expected in waiting]
     waiting.clear()
     return [f"{job.program}: {result}" for result, job, expected in done if not right(result, expected)]
 
 
-@pytest.mark.timeout(60 + CASES * 0.1)
+@pytest.mark.timeout(900 + CASES * 0.1)
 def test_hostile_and_honest_cases_mixed_leave_nothing_behind() -> None:
     before = own_use()
     with opened("docker", harnesses={"pick": HARNESS}, run=RUN, containers=2, memory_bytes=LIMITS.memory_bytes) as pool:
         wrong = judge(pool, CASES // 4, seed=1)
-        warm = own_use()
+        warm = own_use(pool)
         wrong += judge(pool, CASES - CASES // 4, seed=2)
-        end = own_use()
+        end = own_use(pool)
         assert wrong == []
         assert end.memory - warm.memory < 8 * MIB
         assert end.threads <= warm.threads + 1
         assert end.descriptors <= warm.descriptors + 2
         left = containers()
-        assert len(left) <= 4  # two, and two that are being removed
+        assert len(left) == 2
         seen = {pid for container in pool.live for pid in inside(container.id)}
         assert len(seen) == 3 * len(pool.live)  # init, supervisor, nursery: no case is left
     wait_until(lambda: not containers())
@@ -143,7 +150,7 @@ def test_hostile_and_honest_cases_mixed_leave_nothing_behind() -> None:
     print(f"\n{CASES} cases: {(end.memory - warm.memory) / MIB:+.1f} MiB, {pool.num_started} containers")
 
 
-@pytest.mark.timeout(60 + CASES * 0.1)
+@pytest.mark.timeout(900 + CASES * 0.1)
 def test_a_supervisor_does_not_grow_with_the_programs_that_it_judges() -> None:
     config = {"containers": 1, "memory_bytes": LIMITS.memory_bytes}
     cheap = [
@@ -185,7 +192,7 @@ def cases_of(seen: set[int]) -> list[int]:
 
 
 def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert condition()

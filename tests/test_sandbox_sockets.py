@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from stages.sandbox.image import connect
 from stages.sandbox.keeper import Keeper
 from stages.sandbox.self_check import HARNESS, Pick, attack_pool
 from tests.contained import wait_for
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("stage_images")]
 
@@ -25,18 +25,20 @@ LOOK = """
 import json, os, pathlib, socket, stat, sys, time
 folder = pathlib.Path("/sandboxes")
 try:
-    end = time.monotonic() + 20
-    while not (found := sorted(folder.glob("*/socket"))) and time.monotonic() < end and os.access(folder, os.X_OK):
-        if any(not os.access(each, os.X_OK) for each in folder.iterdir()):
-            break
+    end = time.monotonic() + 200
+    newest = folder / sys.argv[1]
+    # Until it has been given to its group, the sandbox inside is not ready.
+    while not (newest.exists() and os.stat(newest).st_mode & stat.S_ISGID) and time.monotonic() < end:
+        time.sleep(0.02)
+    while os.access(newest, os.X_OK) and not (newest / "socket").exists() and time.monotonic() < end:
         time.sleep(0.02)
     facts = []
-    for path in found:
-        for each in (path.parent, path):
-            status = os.stat(each)
-            facts.append([status.st_uid, status.st_gid, oct(status.st_mode)])
     with socket.socket(socket.AF_UNIX) as caller:
-        caller.connect(str(found[0]) if found else str(next(folder.iterdir()) / "socket"))
+        if os.access(newest, os.X_OK):
+            for each in (newest, newest / "socket"):
+                status = os.stat(each)
+                facts.append([status.st_uid, status.st_gid, oct(status.st_mode)])
+        caller.connect(str(newest / "socket"))
     print(json.dumps({"facts": facts}))
 except OSError as error:
     print(json.dumps({"error": type(error).__name__}))
@@ -65,12 +67,12 @@ def keeper(volume: str) -> Iterator[Keeper]:
         keeper.close()
 
 
-def looked(volume: str, user: str) -> Any:
-    """What a process of that user and group sees of the sandboxes' sockets."""
+def looked(volume: str, user: str, name: str) -> Any:
+    """What a process of that user and group sees of the socket in that folder, and whether it can call."""
     client = connect()
     created = client.create_container(
         images.image_name("score"),
-        entrypoint=["python3", "-c", LOOK],
+        entrypoint=["python3", "-c", LOOK, name],
         user=user,
         labels={"flexsink.run": RUN},
         host_config=client.create_host_config(binds=[f"{volume}:/sandboxes:ro"], cap_drop=["ALL"], network_mode="none"),
@@ -84,12 +86,9 @@ def looked(volume: str, user: str) -> Any:
 
 
 def test_the_socket_is_for_the_callers_group_alone(keeper: Keeper, volume: str) -> None:
-    wait_for(lambda: keeper.num_started)
     folder = [0, GROUP, oct(stat.S_IFDIR | 0o2770)]
-    assert looked(volume, f"1000:{GROUP}") == {"facts": [folder, [0, GROUP, oct(stat.S_IFSOCK | 0o660)]]}
-    wait_for(lambda: keeper.num_started == 2)
-    time.sleep(1.0)  # its successor is listening
-    assert looked(volume, "1000:1000") == {"error": "PermissionError"}
+    assert looked(volume, f"1000:{GROUP}", "0000-000000") == {"facts": [folder, [0, GROUP, oct(stat.S_IFSOCK | 0o660)]]}
+    assert looked(volume, "1000:1000", "0000-000001") == {"error": "PermissionError"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may reach into a volume from outside")
@@ -100,20 +99,20 @@ def test_a_sandbox_is_used_up_by_its_caller_and_has_a_successor_in_a_new_folder(
     harness += "    while receive():\n        send(function().encode())\n"
     limits = Limits(cpu_s=1.0)
 
-    def job(program: str) -> Job:
+    def job(program: str, limits: Limits = limits) -> Job:
         return Job(job_id="0", program=program, entry="f", harness="h", cases=({},), limits=limits)
 
     sockets = Path(keeper.root)
     for number in range(2):
         with open_pool(keeper.config, harnesses={"h": harness}, labels={}, sockets=sockets) as pool:
-            good = pool.submit(job("def f():\n    return 'yes'\n")).result(timeout=60)
+            good = pool.submit(job("def f():\n    return 'yes'\n")).result(timeout=PATIENCE_S)
             assert (good.outcome, good.cases) == (Outcome.ok, ({"answer": "yes"},))
-            endless = pool.submit(job("def f():\n    while True: pass\n"))
+            endless = pool.submit(job("def f():\n    while True: pass\n", Limits(cpu_s=5.0)))
             group = wait_for(lambda: groups_of_case(keeper))
             assert group == "-", "a case has no group, least of all the caller's"
-            assert endless.result(timeout=60).outcome is Outcome.timeout
+            assert endless.result(timeout=PATIENCE_S).outcome is Outcome.timeout
             calling = job("def f():\n    import socket\n    return str(socket.socket(socket.AF_UNIX))\n")
-            assert pool.submit(calling).result(timeout=60).outcome is Outcome.foreign_import
+            assert pool.submit(calling).result(timeout=PATIENCE_S).outcome is Outcome.foreign_import
         wait_for(lambda started=2 * number + 3: keeper.num_started >= started)  # one for the timeout, one at the end
     names = sorted(folder.name for folder in sockets.iterdir())
     assert names[:4] == [f"0000-{number:06d}" for number in range(4)]

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from flows.train import loop, stages_of
 from stages.artifacts import RunDir, Session, survey
 from stages.config import replace
 from tests import small_stages
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "containers/compose.yaml"
@@ -253,9 +253,10 @@ class Machine:
                 command, user=user, cwd=folder, stdout=output, stderr=output, start_new_session=True
             )
         self.started.append(process)
-        wait_for(lambda: answers(int(port)), 60, "PostgreSQL")
         create = [POSTGRES / "createdb", "-h", "127.0.0.1", "-p", port, "-U", name, wanted["POSTGRES_DB"]]
-        subprocess.run(create, env=os.environ | {"PGPASSWORD": wanted["POSTGRES_PASSWORD"]}, check=True)
+        environment = os.environ | {"PGPASSWORD": wanted["POSTGRES_PASSWORD"]}
+        # Until it listens, and then until it has started up, the command fails.
+        wait_for(lambda: subprocess.run(create, env=environment).returncode == 0, 300, "PostgreSQL")
 
     def stop(self) -> None:
         for process in reversed(self.started):
@@ -277,7 +278,7 @@ class Machine:
         data = json.dumps(asked).encode() if asked else None
         method = method or ("POST" if asked else "GET")
         request = urllib.request.Request(f"{self.url}/{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.loads(answer.read() or "null")
 
     def deployment(self) -> str:
@@ -294,11 +295,11 @@ class Machine:
         entry = {"active": True, "schedule": {"interval": 86400, "anchor_date": first.isoformat()}}
         self.ask(f"deployments/{self.deployment()}/schedules", list_=[entry])
         wanted = {"deployments": {"id": {"any_": [self.deployment()]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        wait_for(lambda: bool(self.ask("flow_runs/filter", **wanted)), 60, "the tick")
+        wait_for(lambda: bool(self.ask("flow_runs/filter", **wanted)), PATIENCE_S, "the tick")
         return str(self.ask("flow_runs/filter", **wanted)[0]["id"])
 
     def wait_for_state(self, flow_run: str, *states: str) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE_S
         while (state := self.ask(f"flow_runs/{flow_run}")["state"])["type"] not in states:
             assert state["type"] in ("SCHEDULED", "PENDING", "RUNNING"), state
             assert time.monotonic() < deadline, state
@@ -324,12 +325,9 @@ class Machine:
     def flexsink(self, *words: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "flows.cli", *words]
         environment = self.environment("worker")
-        return subprocess.run(command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return subprocess.run(
+            command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -346,9 +344,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     try:
         machine.start_postgres(folder)
         machine.start("server")
-        wait_for(lambda: server.healthy(machine.url), 120, "the server")
+        wait_for(lambda: server.healthy(machine.url), PATIENCE_S, "the server")
         deployments = machine.start("deployments")
-        assert deployments.wait(timeout=120) == 0, (machine.home / "deployments.log").read_text()
+        assert deployments.wait(timeout=PATIENCE_S) == 0, (machine.home / "deployments.log").read_text()
         parameters = {"preset_name": "tiny_test", "overrides": []}
         machine.ask(f"deployments/{machine.deployment()}", method="PATCH", parameters=parameters)
         yield machine
@@ -384,7 +382,7 @@ def test_one_run_goes_on_by_its_schedule_a_retry_a_resume_and_the_next_tick(mach
     state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
     assert machine.ask(f"flow_runs/{flow_run}/set_state", state=state)["status"] == "ACCEPT"
     machine.wait_for_state(flow_run, "RUNNING")
-    wait_for(lambda: bool(paused(run)), 120, "the pause")
+    wait_for(lambda: bool(paused(run)), PATIENCE_S, "the pause")
     assert machine.worker is not None
     os.killpg(machine.worker.pid, signal.SIGKILL)
     for process in paused(run):

@@ -10,6 +10,7 @@ from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
 from stages.config import RunConfig, SandboxConfig, TaskConfig, UserError
 from stages.sandbox.image import connect
 from stages.tasks import checks, judging, registry, tables
+from tests.patience import PATIENCE_S
 from tests.program_pipes import PipePool
 
 FINAL = "<|channel|>final<|message|>"
@@ -183,7 +184,7 @@ def test_the_stage_needs_no_torch():
     import sys
 
     code = "import sys, stages.score; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.docker

@@ -20,6 +20,7 @@ from stages.model.checkpoint import Checkpoint
 from stages.model.mxfp4 import Mxfp4, dequantize
 from stages.tasks.programs import extract
 from stages.tiny import check, corpus, families, layout, matmuls, strategies, warm_start
+from tests.patience import PATIENCE_S
 
 TINY = Path(__file__).parent.parent / "data" / "tiny"
 V, D, Q, KV, E, F = 1024, 128, 256, 64, 8, 128  # vocabulary, hidden, queries, keys, experts, expert hidden
@@ -114,7 +115,7 @@ def test_plain_transformers_loads_and_continues_it_offline():
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(TINY)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, str(TINY)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["GptOssForCausalLM", "4"]

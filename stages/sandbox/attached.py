@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-REMOVE_S = 10.0
+REMOVE_S = 60.0  # how long the daemon may take to remove something that others may be removing, too
 MIB = 1 << 20
 STREAM_HEADER = struct.Struct(">BxxxL")  # the daemon's frame around output: stream (1 stdout, 2 stderr), length
 STDOUT = 1
