@@ -7,7 +7,7 @@ import typing
 from flows.train import stages_of
 from stages.artifacts import Decision, RunDir, StageId, survey
 from stages.artifacts.journal import SUFFIX
-from stages.artifacts.manifest import code_digest, versions
+from stages.artifacts.manifest import code_digest, task_digest, versions
 from stages.config import SECTIONS, RunConfig
 from stages.tasks import registry
 
@@ -92,6 +92,8 @@ def warnings(decisions: list[tuple[StageId, Decision]], task: str) -> list[str]:
         recorded = decision.manifest.recorded
         if recorded.get("code") != code_digest():
             others.setdefault("other code under stages/", []).append(stage)
+        if recorded.get("task_code", "") != task_digest(task):
+            others.setdefault(f"other code of the task {task}", []).append(stage)
         there, here = recorded.get("versions", {}), versions(task)
         contained = recorded.get("runner") == "docker"
         # An image holds what its stages need of the packages here, and another patch of this Python.

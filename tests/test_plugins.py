@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from flows.config import overridden, resolved
+from flows.plan import warnings
 from flows.presets import tiny_test
 from stages import score
-from stages.artifacts import RunDir, Session, StageId, execute
-from stages.artifacts.manifest import versions
+from stages.artifacts import RunDir, Session, StageId, execute, survey
+from stages.artifacts.manifest import task_digest, versions
 from stages.artifacts.parquet import ROLLOUTS, read_table, write_parts
 from stages.config import RunConfig, SandboxConfig, TaskConfig, UserError
 from stages.sandbox import Limits, Outcome, open_pool
@@ -68,9 +69,11 @@ def coins(monkeypatch, tmp_path):
     """The folder examples/coins, installed."""
     files = {str(path.relative_to(COINS)): path.read_text() for path in COINS.glob("flexsink_coins/*.py")}
     install(monkeypatch, tmp_path, files, (COINS / "pyproject.toml").read_text())
-    versions.cache_clear()
+    for cached in (versions, task_digest):
+        cached.cache_clear()
     yield registry.get("coins")
-    versions.cache_clear()
+    for cached in (versions, task_digest):
+        cached.cache_clear()
 
 
 def blocks():
@@ -126,6 +129,26 @@ def test_a_broken_plugin_is_an_error_with_a_hint_that_names_the_distribution(mon
     assert "'good' of my-task 0.3" in caught.value.message
     assert caught.value.message.count("\n") == 0
     assert "mine:Good" in caught.value.hint
+
+
+def test_an_edited_task_is_told_of_by_plan(coins, tmp_path):
+    config = resolved(overridden(tiny_test(), ["task.name=coins"]))
+    run = RunDir.create(tmp_path / "run", config)
+
+    def load(context):
+        (context.out / "model.json").write_text("{}")
+
+    with Session() as session:
+        execute(run, config, StageId("load"), load, session)
+    assert warnings(survey(run, config, [StageId("load")]), "coins") == []
+    before = task_digest("coins")
+    harness = Path(sys.modules["flexsink_coins"].__file__).parent / "harness.py"
+    harness.write_text(harness.read_text() + "\n")
+    task_digest.cache_clear()
+    assert task_digest("coins") != before
+    (line,) = warnings(survey(run, config, [StageId("load")]), "coins")
+    assert line.startswith("load was made with other code of the task coins")
+    assert task_digest("game2048") == ""
 
 
 def test_two_distributions_that_bring_one_name_are_refused(monkeypatch, tmp_path):

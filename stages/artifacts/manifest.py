@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,8 @@ def fsync(path: Path) -> None:
 
 def recorded(*, task: str, **more: str) -> dict[str, Any]:
     """What is recorded beside a stage and is in no key: what would have to be the same for equal bytes elsewhere."""
-    return {"code": code_digest(), "versions": versions(task), "machine": platform.machine(), **more}
+    facts = {"code": code_digest(), "versions": versions(task), "machine": platform.machine(), **more}
+    return facts | ({"task_code": digest} if (digest := task_digest(task)) else {})
 
 
 @functools.cache
@@ -128,7 +129,29 @@ def versions(task: str) -> dict[str, str]:
 def code_digest() -> str:
     """The sha256 of every Python file under stages/, in name order."""
     root = Path(__file__).parent.parent
+    return _digest(root, root.rglob("*.py"))
+
+
+@functools.cache
+def task_digest(task: str) -> str:
+    """The sha256 of the package with a task that another distribution brings, which may change while its version does
+    not; empty for the project's own.
+    """
+    import importlib.metadata
+    import importlib.util
+
+    for point in importlib.metadata.entry_points(group=TASKS, name=task):
+        spec = importlib.util.find_spec(point.module.partition(".")[0])
+        if spec is not None and spec.origin is not None:
+            module = Path(spec.origin)
+            package = spec.submodule_search_locations is not None
+            return _digest(module.parent, module.parent.rglob("*") if package else [module])
+    return ""
+
+
+def _digest(root: Path, paths: Iterable[Path]) -> str:
+    """The sha256 of those that are files, in name order; what Python keeps of them compiled is left out."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
