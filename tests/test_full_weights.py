@@ -270,7 +270,7 @@ def test_merged_exports_hold_the_trained_values(format: str, random_checkpoint: 
         assert torch.equal(stored[name], parameter.to(merge.FORMATS[format])), name
     if format == "mxfp4":
         exported = make_policy(tmp_path)
-        merge.set_residual(policy, exported, Checkpoint(random_checkpoint), Checkpoint(tmp_path))
+        merge.set_residual(merge.Changes.of(policy), exported, Checkpoint(random_checkpoint), Checkpoint(tmp_path))
         mine, theirs = (dict(each.full_weights.parameters()) for each in (policy, exported))
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 

@@ -55,6 +55,10 @@ class Engine:
 
     def __init__(self, policy, **options):
         assert set(options) <= self.kwargs
+        self.policy = policy
+
+    def close(self):
+        pass
 
     def run(self, requests, *, on_finished=None, on_step=None):
         done = []
@@ -187,7 +191,7 @@ def test_the_evaluation_measures_speed_and_right_programs_and_has_no_column_of_2
 
 
 def test_the_export_is_compared_by_the_task_s_own_figure(run, monkeypatch):
-    monkeypatch.setattr(export, "Engine", Engine)
+    monkeypatch.setattr(export, "engine_of", lambda config, policy: Engine(policy))
 
     class Context:
         config = CONFIG

@@ -104,8 +104,12 @@ def completion_distributions(policy: Policy, pack: Pack) -> Tensor:
     Little of the card is used at once; what comes back is large: 0.8 MB a token of gpt-oss's vocabulary.
     """
     hidden = _predicting(policy, pack, pack.tensors(policy.device), plan=PLANS[-1])
-    parts = hidden.split(DISTRIBUTIONS_AT_ONCE)
-    return torch.cat([unembed(policy.model.lm_head, part).log_softmax(-1).cpu() for part in parts])
+    head: Any = policy.model.lm_head
+    parts = []
+    for part in hidden.split(DISTRIBUTIONS_AT_ONCE):
+        logits = unembed(head, part) if part.is_cuda else head(part).float()
+        parts.append(logits.log_softmax(-1).cpu())
+    return torch.cat(parts)
 
 
 def _predicting(
