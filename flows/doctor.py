@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from flows import devices, server
 from stages.config import UserError
+from stages.memory import host_bytes
 
 DISK_BYTES = 5 * 2**30
 MEMORY_BYTES = 4 * 2**30
@@ -107,8 +108,7 @@ def disk() -> Line:
 
 
 def memory() -> Line:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    available = host_bytes()
     ok = available >= MEMORY_BYTES
     hint = "" if ok else f"the tiny run needs up to {MEMORY_BYTES >> 30} GiB: close other programs"
     return Line("memory", ok, f"{available / 2**30:.1f} GiB available", hint)

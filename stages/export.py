@@ -48,7 +48,7 @@ class Written(NamedTuple):
     """What is left of the live policy once the model is written; all on the CPU."""
 
     probes: list[Sample]
-    live: list[Tensor]  # its log-probabilities of each probe
+    live: list[Tensor]  # its log-probabilities of each probe, for a model that is judged; none for an adapter
     changes: Changes
     lost: list[Requantized]
 
@@ -82,6 +82,7 @@ def write(context: StageContext, checkpoint: Checkpoint, updates: int, format: s
         Sample(each.completion_id, each.prompt_ids, each.completion_ids[:PROBE_TOKENS], (), 0.0) for each in completions
     ]
     started = time.perf_counter()
+    live: list[Tensor] = []
     lost: list[Requantized] = []
     if format == "adapter":
         policy.save_adapter(context.out)
@@ -89,7 +90,9 @@ def write(context: StageContext, checkpoint: Checkpoint, updates: int, format: s
     else:
         lost = write_merged(policy, checkpoint, context.out, format=format)
     context.timings.append({"what": "write", "seconds": time.perf_counter() - started})
-    return Written(probes, distributions(policy, probes), Changes.of(policy), lost)
+    if format != "adapter":
+        live = distributions(policy, probes)
+    return Written(probes, live, Changes.of(policy), lost)
 
 
 def reloaded(context: StageContext, checkpoint: Checkpoint, format: str, probes: list[Sample]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ TINY = str(Path(__file__).parents[1] / "data" / "tiny")
 def test_every_path_of_the_bundled_model_is_as_near_to_float64_as_eager(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.set_num_threads(1)
     out = tmp_path / "compare.json"
     assert dispatch(["compare-attention", TINY, "--tokens", "140", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -38,8 +37,6 @@ def test_every_path_of_the_bundled_model_is_as_near_to_float64_as_eager(
 def test_a_window_of_one_key_too_many_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.set_num_threads(1)
-
     def wider(*arguments: Any, window: int | None, **more: Any) -> Any:
         return sink_attention(*arguments, window=None if window is None else window + 1, **more)
 

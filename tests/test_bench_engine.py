@@ -34,7 +34,6 @@ ABSENT = ("bitsandbytes", "docker", "prefect", "pyarrow", "peft", "rich")  # on 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    torch.set_num_threads(1)
     return synthetic_policy(TINY, lora_rank=4, dtype=torch.float32, device=CPU, seed=1)
 
 

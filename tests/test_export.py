@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from stages import export
+from stages import export, memory
 from stages.config import UpdateConfig, UserError
 from stages.engine import Engine, Request, SamplingParams
 from stages.model import excerpt as excerpts
@@ -137,15 +137,15 @@ def test_an_excerpt_is_a_model_of_the_first_layers(base: Path, tmp_path: Path) -
 
 
 def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert excerpts.available_bytes() > 100 << 20
+    assert memory.available_bytes() > 100 << 20
     limit, used = tmp_path / "limit", tmp_path / "used"
     used.write_text("1000\n")
-    monkeypatch.setattr(excerpts, "CGROUPS", ((tmp_path / "none", used), (limit, used)))
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path / "none", used), (limit, used)))
     for text, free in (("5000\n", 4000), ("500\n", 0)):
         limit.write_text(text)
-        assert excerpts.available_bytes() == free
+        assert memory.available_bytes() == free
     limit.write_text("max\n")
-    assert excerpts.available_bytes() > 100 << 20
+    assert memory.available_bytes() > 100 << 20
 
 
 def test_as_many_layers_are_checked_as_the_memory_holds(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,5 @@ EXACT = Setting(shape=TINY, rank=4, dtype="fp32", lora_dtype="fp32", optimizer="
 
 
 def exact_training() -> Training:
-    """Of the tiny shape in float32 on the CPU, which it works on with one thread."""
-    torch.set_num_threads(1)
+    """Of the tiny shape in float32 on the CPU."""
     return Training(open_policy(EXACT, device=CPU), EXACT)

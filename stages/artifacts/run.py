@@ -190,8 +190,7 @@ def explanation(error: BaseException, path: Path, hint: str = ANOTHER) -> UserEr
     """
     import errno
 
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, OSError):
             where = Path(os.fsdecode(seen.filename)) if isinstance(seen.filename, str | bytes) else path
             inside = where.is_relative_to(path) or path.is_relative_to(where)
@@ -207,7 +206,6 @@ def explanation(error: BaseException, path: Path, hint: str = ANOTHER) -> UserEr
                     return UserError(f"too long a name: {shortened(where)}", "choose a shorter one")
                 case errno.ENOTDIR | errno.EEXIST:
                     return UserError(f"{where} is a file, not a folder", hint if inside else ELSEWHERE)
-        seen = seen.__cause__ or seen.__context__
     return None
 
 
@@ -217,17 +215,24 @@ def shortened(path: Path) -> str:
     return text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
 
 
-def error_number(error: BaseException | None) -> int | None:
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what it was raised from, and so on."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def error_number(error: BaseException) -> int | None:
     """The errno of the first operating system error among an error and its causes; None where there is none.
 
     Libraries in Rust, such as safetensors, raise errors of their own that end with "(os error 28)".
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
+    for seen in causes(error):
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen.errno
+        if found := re.search(r"\(os error (\d+)\)", str(seen)):
             return int(found[1])
-        error = error.__cause__ or error.__context__
     return None
 
 

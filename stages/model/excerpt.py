@@ -11,14 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.memory import available_bytes
 from stages.model.checkpoint import expected_shapes
 
 MEMORY_SHARE = 0.8  # of what is free, what models may take
-# Limit and use of a container's memory, in control groups of version 2 and 1.
-CGROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -31,18 +27,6 @@ def layers_in_memory(config: Any, *, copies: int, itemsize: int) -> int:
     rest = sum(prod(shape) for name, shape in shapes.items() if ".layers." not in name)
     numbers = MEMORY_SHARE * available_bytes() / (copies * itemsize)
     return max(0, min(int((numbers - rest) / layer), config.num_hidden_layers))
-
-
-def available_bytes() -> int:
-    """What this program may still take of the host's memory without swapping; in a container, of what that may."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = [int(fields["MemAvailable"].split()[0]) * 1024]
-    for limit, used in CGROUPS:
-        try:
-            free.append(int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such version of control groups, or no limit ("max")
-            continue
-    return max(0, min(free))
 
 
 def excerpt(source: Path, layers: int, folder: Path) -> Path:
