@@ -4,7 +4,7 @@
 
 Formats: mxfp4 (experts without a delta keep their bytes, the others are re-quantised), fp16 and bf16 (dense, merged),
 adapter (PEFT). Whatever was written is loaded again. By transformers on the CPU, whose logits must equal ours on the
-same tensors, of as many layers as the host's memory holds twice (`reloaded_layers` in export.json). And on the card, in
+same tensors, of as many layers as the host's memory holds (`reloaded_layers` in export.json). And on the card, in
 the live policy's place, as a policy whose programs meet the same held-out seeds as the last evaluation's; a dense model
 that does not fit there is not judged, which `not_judged` says. Re-quantising can swallow small deltas: when less than
 90 % of the gain is left, export.json says so and the rest is kept as a low-rank residual adapter beside the model, in
@@ -41,7 +41,7 @@ from stages.trainer import Pack, Sample, completion_distributions
 GAIN_KEPT = 0.9  # of the held-out gain; less and the residual adapter is written
 NUM_PROBES, PROBE_TOKENS = 8, 128  # completions of the live policy, cut off, on which logits and KL are compared
 CARD_SHARE = 0.8  # of a card's free memory, what the weights of a model to be judged may take
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}  # float32: largest difference; 16-bit: relative norm
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}  # of two models' logits of a token, relative norm
 
 
 class Written(NamedTuple):
@@ -98,7 +98,7 @@ def write(context: StageContext, checkpoint: Checkpoint, updates: int, format: s
 def reloaded(context: StageContext, checkpoint: Checkpoint, format: str, probes: list[Sample]) -> dict[str, Any]:
     """How far transformers' logits of what was written lie from ours, and of how many layers."""
     num_layers = checkpoint.config.num_hidden_layers
-    layers = layers_in_memory(checkpoint.config, copies=2, itemsize=4)
+    layers = layers_in_memory(checkpoint.config, itemsize=4)
     body: dict[str, Any] = {"reloaded_layers": layers, "reload": {}}
     if layers:
         with tempfile.TemporaryDirectory(dir=context.out) as temporary:
@@ -208,10 +208,13 @@ def distributions(policy: Policy, probes: list[Sample]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: Any, probe: Sample) -> Tensor:
-    """Logits float32 [T, V] that predict the probe's completion."""
-    ids = torch.tensor([probe.prompt_ids + probe.completion_ids])
-    return cast(Tensor, model(ids, use_cache=False).logits[0, len(probe.prompt_ids) - 1 : -1].float())
+def logits_of(model: Any, probes: list[Sample]) -> list[Tensor]:
+    """Logits float32 [T, V] that predict each probe's completion."""
+    found: list[Tensor] = []
+    for probe in probes:
+        ids = torch.tensor([probe.prompt_ids + probe.completion_ids])
+        found.append(model(ids, use_cache=False).logits[0, len(probe.prompt_ids) - 1 : -1].float())
+    return found
 
 
 def kl(live: list[Tensor], other: list[Tensor]) -> float:
@@ -221,18 +224,24 @@ def kl(live: list[Tensor], other: list[Tensor]) -> float:
 
 
 def check_model(folder: Path, format: str, probes: list[Sample]) -> dict[str, float]:
-    """Loads the folder with transformers and with ours, in float32 and in its own type, and compares the logits."""
+    """Loads the folder with transformers and with ours, in float32 and in its own type, and compares the logits.
+
+    In 16 bits the two may lie apart by twice what rounding alone moves transformers' logits: where many layers route
+    by a rounded stream, no fixed bound holds.
+    """
     from transformers import AutoModelForCausalLM
 
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=FORMATS[format])
+    theirs = {FORMATS[format]: logits_of(model.eval(), probes)}
+    model.to(torch.float32)  # widened only: casting to 16 bits would round RoPE's frequencies, which stay float32
+    theirs[torch.float32] = logits_of(model, probes)
+    del model  # before ours is made: the host need not hold two
     figures = {}
-    for dtype in dict.fromkeys((FORMATS[format], torch.float32)):
-        name = str(dtype).removeprefix("torch.")
-        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=FORMATS[format])
-        if dtype != FORMATS[format]:
-            theirs.to(dtype)  # widened only: casting to 16 bits would round RoPE's frequencies, which stay float32
-        theirs.eval()
+    for dtype, logits in theirs.items():
         ours = build(Checkpoint(folder), experts="dequantized", dtype=dtype)
-        figures[name] = difference([(logits_of(ours, p), logits_of(theirs, p)) for p in probes], name)
+        name = str(dtype).removeprefix("torch.")
+        figures[name] = agreed(logits_of(ours, probes), logits, name, rounding=apart(logits, theirs[torch.float32]))
+        del ours
     return figures
 
 
@@ -241,29 +250,33 @@ def check_adapter(folder: Path, base: Path, probes: list[Sample], update: Update
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.bfloat16)
-    theirs = PeftModel.from_pretrained(loaded.to(torch.float32), folder).eval()
+    base_model: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.bfloat16)
+    theirs = logits_of(PeftModel.from_pretrained(base_model.to(torch.float32), folder).eval(), probes)
+    del base_model  # before ours is made: the host need not hold two
     ours = build(Checkpoint(base), experts="dequantized", dtype=torch.float32)
     lora.add_lora(ours, rank=update.lora_rank, alpha=update.lora_alpha, dtype=torch.float32, seed=0)
     full_weights = FullWeights(ours, update.also_train)
     lora.load_adapter(lora.lora_parameters(ours) + full_weights.parameters(), folder)
-    pairs = [(logits_of(ours, probe), logits_of(theirs, probe)) for probe in probes]
-    return {"float32": difference(pairs, "float32")}
+    return {"float32": agreed(logits_of(ours, probes), theirs, "float32", rounding=0.0)}
 
 
-def difference(pairs: list[tuple[Tensor, Tensor]], dtype: str) -> float:
-    """How far our logits and transformers' lie apart: the largest difference in float32, a relative norm in 16 bits."""
-    if dtype == "float32":
-        found = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
-    else:
-        squares = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
-        found = (squares / sum(float(theirs.square().sum()) for _, theirs in pairs)) ** 0.5
-    if not found <= TOLERANCE[dtype]:
+def agreed(ours: list[Tensor], theirs: list[Tensor], dtype: str, *, rounding: float) -> float:
+    """How far our logits and transformers' lie apart; UserError when that is more than twice what rounding does."""
+    found, allowed = apart(ours, theirs), max(TOLERANCE[dtype], 2 * rounding)
+    if not found <= allowed:
         raise UserError(
-            f"transformers' {dtype} logits of the export differ from ours by {found:.2g}, allowed {TOLERANCE[dtype]}",
+            f"transformers' {dtype} logits of the export differ from ours by {found:.2g}, allowed {allowed:.2g}",
             "this is a fault of flexsink or of the installed transformers: please report both versions",
         )
     return found
+
+
+def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The norm of the difference of a token's logits, relative to theirs: of nine tokens in ten the largest, as now and
+    then a near tie in a router sends a token to another expert.
+    """
+    norms = [(mine - other).norm(dim=-1) / other.norm(dim=-1) for mine, other in zip(ours, theirs, strict=True)]
+    return float(torch.cat(norms).quantile(0.9))
 
 
 def main() -> None:

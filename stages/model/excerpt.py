@@ -14,18 +14,18 @@ from torch import Tensor
 from stages.memory import available_bytes
 from stages.model.checkpoint import expected_shapes
 
-MEMORY_SHARE = 0.8  # of what is free, what models may take
+MEMORY_SHARE = 0.8  # of what is free, what a model may take
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-def layers_in_memory(config: Any, *, copies: int, itemsize: int) -> int:
-    """How many of the model's layers, its embeddings beside them, the host can hold `copies` times, dense, in numbers
-    of `itemsize` bytes; 0 when not even one.
+def layers_in_memory(config: Any, *, itemsize: int) -> int:
+    """How many of the model's layers, its embeddings beside them, the host can hold, dense, in numbers of `itemsize`
+    bytes; 0 when not even one.
     """
     shapes = expected_shapes(config, mxfp4=False)
     layer = sum(prod(shape) for name, shape in shapes.items() if ".layers.0." in name)
     rest = sum(prod(shape) for name, shape in shapes.items() if ".layers." not in name)
-    numbers = MEMORY_SHARE * available_bytes() / (copies * itemsize)
+    numbers = MEMORY_SHARE * available_bytes() / itemsize
     return max(0, min(int((numbers - rest) / layer), config.num_hidden_layers))
 
 
