@@ -25,9 +25,9 @@ gradients. On policy (ratio 1, correction none) every loss has the gradient of t
 own way; all but cispo also have its value there, -advantage a token (sapo up to a constant factor, 2 / temperature).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -242,7 +242,7 @@ def correction(old_logprobs: Tensor, engine_logprobs: Tensor, *, kind: str, cap:
 
 def policy_loss(
     policy_logprobs: Tensor, inputs: LossInputs, totals: StepTotals, update: UpdateConfig
-) -> tuple[Tensor, "LossMetrics"]:
+) -> tuple[Tensor, "Unread[LossMetrics]"]:
     """The loss of a micro-batch by `update.loss` (a scalar whose gradient is wanted) and its metrics.
 
     policy_logprobs [T] with a graph. Read of `update`: loss, clip, clip_high, kl, correction, correction_cap; `kl`
@@ -268,8 +268,7 @@ def policy_loss(
         ratio = torch.exp(policy_logprobs - inputs.old_logprobs).double()
         sums = [loss, token_kl.sum(), clipped.sum(), ratio.sum(), ratio.square().sum(), *extremes(ratio)]
         sums.append(corrected.corrected.sum() if corrected else torch.zeros_like(loss))
-        figures = torch.stack([each.double() for each in sums]).tolist()  # one wait for the device, not eight
-    return loss, LossMetrics(len(inputs.lengths), len(ratio), *figures)
+    return loss, Unread(LossMetrics, (len(inputs.lengths), len(ratio)), sums)
 
 
 def to_tokens(values: Tensor, inputs: LossInputs, like: Tensor) -> Tensor:
@@ -282,6 +281,21 @@ def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
     if not values.numel():
         return values.new_tensor(float("inf")), values.new_tensor(float("-inf"))
     return values.min(), values.max()
+
+
+Figures = TypeVar("Figures")
+
+
+class Unread(Generic[Figures]):
+    """Figures whose sums lie on the device, where more may be asked of it meanwhile."""
+
+    def __init__(self, kind: Callable[..., Figures], counts: tuple[int, ...], sums: Sequence[Tensor]) -> None:
+        self._kind, self._counts = kind, counts
+        self._sums = torch.stack([each.detach().double() for each in sums])
+
+    def read(self) -> Figures:
+        """Waits for the device, once for all of them."""
+        return self._kind(*self._counts, *self._sums.tolist())
 
 
 @dataclass
@@ -343,13 +357,13 @@ class Agreement:
     ratio_max: float = float("-inf")
 
     @classmethod
-    def of(cls, trainer_logprobs: Tensor, engine_logprobs: Tensor) -> "Agreement":
+    def of(cls, trainer_logprobs: Tensor, engine_logprobs: Tensor) -> "Unread[Agreement]":
         """Of the same tokens, [T] each, scored by the policy that sampled them."""
         difference = (trainer_logprobs - engine_logprobs).abs()
         ratio = torch.exp((trainer_logprobs - engine_logprobs).double())
         k3 = kl_to_reference(engine_logprobs, trainer_logprobs)
         sums = [difference.double().sum(), extremes(difference)[1], k3.double().sum(), ratio.sum(), *extremes(ratio)]
-        return cls(len(ratio), *torch.stack([each.double() for each in sums]).tolist())
+        return Unread(cls, (len(ratio),), sums)
 
     def __add__(self, other: "Agreement") -> "Agreement":
         return Agreement(

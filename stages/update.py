@@ -28,6 +28,7 @@ from stages.grpo import (
     LossInputs,
     LossMetrics,
     StepTotals,
+    Unread,
     advantages,
     correction,
     learning_rate_at,
@@ -36,6 +37,7 @@ from stages.grpo import (
     scale_of,
     signal,
 )
+from stages.kernels.transfer import upload
 from stages.model.policy import Policy, live_policy
 from stages.trainer import LayerStore, Pack, Sample, completion_logprobs, deal_packs
 from stages.trainer.optimizer import make_optimizer, make_scaler, restore_optimizer, save_optimizer
@@ -127,8 +129,12 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        total, agreement, entropy = LossMetrics(), Agreement(), 0.0
-        rerouted, routed = 0, 0
+        # What is told of the step is read when all of it has been asked of the card.
+        losses: list[Unread[LossMetrics]] = []
+        agreements: list[Unread[Agreement]] = []
+        entropies: list[Tensor] = []
+        rerouted: list[Tensor] = []
+        routed = 0
         learned = [s for pack in batch for s in pack.samples if s.completion_id not in left_out]
         totals = StepTotals(
             num_completions=len(learned),
@@ -142,32 +148,29 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
             if silent or (not update.kl and all(sample.advantage == 0 for sample in pack.samples)):
                 before = old[index][place] or score(pack)
             else:
-                # copies to the card wait for it, so they come first
-                advantages = torch.tensor([sample.advantage for sample in pack.samples], device=policy.device)
-                lengths = torch.tensor(pack.lengths, device=policy.device)
                 now = computed(pack, replay=update.replay_routes, store=store)
                 before = old[index][place] or now._replace(logprobs=now.logprobs.detach())
                 inputs = LossInputs(
                     old_logprobs=before.logprobs,
                     engine_logprobs=engine,
                     reference_logprobs=reference[index][place] if reference else None,
-                    advantages=advantages,
-                    lengths=lengths,
+                    advantages=upload([each.advantage for each in pack.samples], torch.float32, policy.device),
+                    lengths=upload(pack.lengths, torch.int64, policy.device),
                 )
                 loss, metrics = policy_loss(now.logprobs, inputs, totals, update)
                 scaler.scale(loss).backward()
-                total = total + metrics
+                losses.append(metrics)
             old[index][place] = before
-            agreement = agreement + Agreement.of(before.logprobs, engine)
-            entropy += float(before.entropy.sum())
+            agreements.append(Agreement.of(before.logprobs, engine))
+            entropies.append(before.entropy.sum())
             if before.differing is not None:
-                rerouted += int(before.differing)
+                rerouted.append(before.differing)
                 routed += pack.num_tokens * shape.num_hidden_layers
         parameters = [parameter for _, parameter in policy.parameters()]
-        if total.tokens:
+        if losses:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm)
-        if total.tokens:
+        if losses:
             scaler.step(optimizer)
             scaler.update()
         grad_norm = float(norm)  # waits for the card, so it comes last; nothing is saved of a step that went wrong
@@ -176,7 +179,9 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
                 f"the gradient of iteration {iteration}, step {index} is not finite",
                 "lower update.learning_rate, or use model.dtype=float32 or bfloat16; the last good checkpoint is kept",
             )
-        entropy /= agreement.tokens
+        total = sum((each.read() for each in losses), LossMetrics())
+        agreement = sum((each.read() for each in agreements), Agreement())
+        entropy = sum(map(float, entropies)) / agreement.tokens
         means = total.means()
         rows.append(
             {
@@ -186,7 +191,7 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
                 **means,
                 "kl": means["kl"] if update.kl else None,  # not measured without a reference
                 **agreement.means(),
-                "routes_differ": rerouted / routed if routed else None,
+                "routes_differ": sum(map(int, rerouted)) / routed if routed else None,
                 "entropy": entropy,
                 "grad_norm": grad_norm,
                 "zero_signal_groups": silent_groups,
@@ -283,7 +288,7 @@ def deal(count: int, steps: int, *, seed: int, last: Collection[int] = ()) -> li
 
 def engine_logprobs(pack: Pack, device: torch.device) -> Tensor:
     """What the engine made of the same tokens, float32 [T]."""
-    return torch.tensor([x for sample in pack.samples for x in sample.engine_logprobs], device=device)
+    return upload([x for sample in pack.samples for x in sample.engine_logprobs], torch.float32, device)
 
 
 def warn_of_disagreement(iteration: int, engine_kl: float, update: UpdateConfig) -> None:

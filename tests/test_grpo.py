@@ -123,7 +123,7 @@ def computed(module: Any, update: UpdateConfig, *, reference: bool = False) -> t
     )
     loss, metrics = module.policy_loss(policy, inputs, module.StepTotals(*TOTALS), update)
     (gradient,) = torch.autograd.grad(loss, policy)
-    return loss.detach(), gradient, metrics
+    return loss.detach(), gradient, metrics.read()
 
 
 def agree(actual: Tensor, expected: list[float] | Tensor) -> None:
@@ -205,7 +205,7 @@ def check_overlong(module: Any) -> None:
 def check_agreement(module: Any) -> None:
     trainer = double(OLD)
     engine = trainer - double(ENGINE_RATIOS).log()
-    first, second = (module.Agreement.of(trainer[part], engine[part]) for part in (slice(0, 3), slice(3, 8)))
+    first, second = (module.Agreement.of(trainer[part], engine[part]).read() for part in (slice(0, 3), slice(3, 8)))
     logs = [math.log(ratio) for ratio in ENGINE_RATIOS]  # trainer - engine
     for added in (first + second, second + first):
         assert added.means() == pytest.approx(
@@ -416,12 +416,12 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_the_plain_policy_gradient(n
     inputs = LossInputs(logprobs.detach(), logprobs.detach(), None, double(ADVANTAGES), torch.tensor(LENGTHS))
     loss, metrics = grpo.policy_loss(logprobs, inputs, TOTALS, UpdateConfig(loss=name))  # type: ignore[arg-type]
     (ours,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    means = metrics.read().means()
     weights = double(ADVANTAGES).repeat_interleave(torch.tensor(LENGTHS)) * double(EXPECTED[name].share)
     (plain,) = torch.autograd.grad(-(weights * logprobs).sum(), logits)
     torch.testing.assert_close(ours, plain)
     if name not in ("cispo", "sapo"):
         agree(loss.detach(), -weights.sum())
-    means = metrics.means()
     assert means["ratio_min"] == means["ratio_max"] == means["ratio_mean"] == 1.0
     assert means["clip_fraction"] == means["ratio_std"] == 0.0
 
@@ -442,7 +442,7 @@ def test_micro_batches_add_up_to_the_step(name: str) -> None:
             old[tokens], engine[tokens], reference[tokens], advantages[first:last], torch.tensor(lengths[first:last])
         )
         loss, metrics = grpo.policy_loss(policy[tokens], inputs, totals, update)
-        return loss, torch.autograd.grad(loss, policy)[0], metrics
+        return loss, torch.autograd.grad(loss, policy)[0], metrics.read()
 
     whole, first, second = part(0, 4), part(0, 3), part(3, 4)
     torch.testing.assert_close(first[0] + second[0], whole[0], rtol=1e-12, atol=0)

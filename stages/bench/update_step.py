@@ -13,6 +13,7 @@ from stages.bench.update_cases import Layout
 from stages.config import RunConfig, replace
 from stages.engine import Completion, Request, SamplingParams
 from stages.grpo import LossInputs, StepTotals, advantages, policy_loss
+from stages.kernels.transfer import upload
 from stages.model.policy import Policy
 from stages.model.shapes import Shape
 from stages.model.synthetic import LORA_ALPHA_PER_RANK, synthetic_policy
@@ -153,17 +154,16 @@ class Training:
     def _accumulate(self, pack: Pack, totals: StepTotals, watch: "Stopwatch", on_policy: bool) -> None:
         """Adds a pack's gradients."""
         device, samples = self.policy.device, pack.samples
-        engine = torch.tensor([value for sample in samples for value in sample.engine_logprobs], device=device)
         given = {
-            "advantages": torch.tensor([sample.advantage for sample in samples], device=device),
-            "lengths": torch.tensor([len(sample.completion_ids) for sample in samples], device=device),
+            "advantages": upload([sample.advantage for sample in samples], torch.float32, device),
+            "lengths": upload([len(sample.completion_ids) for sample in samples], torch.int64, device),
         }
         now = self.logprobs(pack, grad=True)
         watch.lap("forward")
-        old = now.detach()
-        inputs = LossInputs(
-            old_logprobs=old, engine_logprobs=old if on_policy else engine, reference_logprobs=None, **given
-        )
+        old = engine = now.detach()
+        if not on_policy:
+            engine = upload([value for sample in samples for value in sample.engine_logprobs], torch.float32, device)
+        inputs = LossInputs(old_logprobs=old, engine_logprobs=engine, reference_logprobs=None, **given)
         loss, _ = policy_loss(now, inputs, totals, self.update)
         loss.backward()
         watch.lap("backward")

@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.engine.cache import LayerCache
 from stages.engine.device_memory import CacheMemory
 from stages.engine.pages import KEPT_PROMPTS, PAGE
-from stages.engine.transfer import upload
+from stages.kernels.transfer import upload
 
 WriteLayer = Callable[[int, Tensor, Tensor], None]
 

@@ -26,8 +26,8 @@ from stages.engine.routes import PromptRoutes, SlotRoutes, taken
 from stages.engine.sampler import uniforms
 from stages.engine.scheduler import Scheduler
 from stages.engine.sequence import Completion, Request, SamplingParams, Sequence
-from stages.engine.transfer import Readback, upload
 from stages.kernels.sampling import RUNNING, STOP_IDS, SamplingState, sample
+from stages.kernels.transfer import Readback, upload
 
 PREFILL_TOKENS = 8192  # of one prefill: several prompts together, or a chunk of a longer one
 LAG = 2  # steps launched and not yet read; one would do if the host were never late

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.engine.transfer import Readback
+from stages.kernels.transfer import Readback
 
 MAX_EXPERTS = 256  # that a byte can tell apart
 

@@ -34,6 +34,22 @@ def launch_options(tensor: Tensor, *, warps: int) -> dict[str, Any]:
     return options
 
 
+class _Forgetful:
+    """In place of a function's context where no backward comes."""
+
+    needs_input_grad = (False,) * 32
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keeps nothing."""
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args); where gradients are off its forward alone, as autograd's bookkeeping would keep the host
+    busy for as long as several launches do.
+    """
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_Forgetful(), *args)
+
+
 def aligned_rows(*shape: int, like: Tensor) -> Tensor:
     """An empty tensor of this shape, in the dtype of `like`, whose rows begin at multiples of 128 bytes, where whole
     cache lines are: products of rows of 2 896 bfloat16 numbers and writing them are slower without.

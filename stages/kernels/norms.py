@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.kernels.launch import launch_options, power_of_two
+from stages.kernels.launch import applied, launch_options, power_of_two
 
 
 def embed(embedding: Tensor, tokens: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ Path = Literal["auto", "triton"]
 
 def rms_norm(x: Tensor, weight: Tensor, *, dtype: torch.dtype, eps: float, path: Path = "auto") -> Tensor:
     """The norm [N, D] in `dtype` of x [N, D], worked out in float32; differentiable in x."""
-    out: Tensor = _RmsNorm.apply(x, weight, dtype, eps, path)
+    out: Tensor = applied(_RmsNorm, x, weight, dtype, eps, path)
     return out
 
 

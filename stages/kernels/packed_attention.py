@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.kernels.attention import sink_attention
+from stages.kernels.launch import applied
+from stages.kernels.transfer import upload
 
 TABLES_KEPT = 4
 
@@ -78,7 +80,7 @@ def packed_attention(
         path = "triton" if query.is_cuda else "plain"
     if path == "plain":
         return _plain(query, key, value, sinks, scale=scale, window=window, groups=groups)
-    out: Tensor = _Packed.apply(query, key, value, sinks, scale, window or 0, groups)
+    out: Tensor = applied(_Packed, query, key, value, sinks, scale, window or 0, groups)
     return out
 
 
@@ -171,15 +173,15 @@ def tables_of(groups: Groups, device: torch.device) -> Tables:
 
     def tiles(size: int) -> Tensor:
         found = [(index, at) for index, segment in enumerate(every) for at in range(0, segment.length, size)]
-        return torch.tensor(found, dtype=torch.int32)
+        return torch.tensor(found)
 
     made = (
-        torch.tensor(rows, dtype=torch.int32),
+        torch.tensor(rows),
         tiles(FORWARD.queries).flip(0),
         tiles(QUERY_GRADIENT.queries).flip(0),
         tiles(KEY_GRADIENT.keys),
     )
-    return Tables(*(table.to(device).contiguous() for table in made))
+    return Tables(*(upload(table, torch.int32, device) for table in made))
 
 
 def segments(groups: Groups) -> Iterator[Segment]:

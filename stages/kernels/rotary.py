@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from stages.kernels.launch import power_of_two
+from stages.kernels.launch import applied, power_of_two
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, C] turned by cos and sin float32 [T, C / 2], in its own dtype; the arithmetic is float32."""
-    out: Tensor = _Rotate.apply(x, cos, sin)
+    out: Tensor = applied(_Rotate, x, cos, sin)
     return out
 
 

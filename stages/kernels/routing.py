@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.kernels.launch import launch_options, power_of_two
+from stages.kernels.launch import applied, launch_options, power_of_two
 
 ALONE_ROWS = 4
 ONE_HOT = 16_384  # entries of the one-hot matrix that a program counts
@@ -44,11 +44,11 @@ def router_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def trained_router_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `router_logits`, for many rows at once and with gradients. In 16 bits the float32 weight is taken as the sum
-    of two matrices of hidden's type, whose products tensor cores add up in float32: what is lost is 2^-17 of a weight.
+    """As `router_logits`, for many rows at once and with gradients. In 16 bits a float32 weight is taken as the sum of
+    two matrices of hidden's type, whose products tensor cores add up in float32: what is lost is 2^-17 of a weight.
     """
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        out: Tensor = _RouterLogits.apply(hidden, weight, bias)
+        out: Tensor = applied(_RouterLogits, hidden, weight, bias)
         return out
     return F.linear(hidden.float(), weight.float(), bias.float())
 
@@ -57,6 +57,8 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias):
         ctx.save_for_backward(hidden, weight)
+        if weight.dtype == hidden.dtype:
+            return torch.mm(hidden, weight.mT, out_dtype=torch.float32).add_(bias)
         high = weight.to(hidden.dtype)
         low = (weight.float() - high.float()).to(hidden.dtype)
         both = torch.mm(hidden, torch.cat((high, low)).mT, out_dtype=torch.float32)

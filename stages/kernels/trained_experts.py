@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.kernels.experts import Lora
-from stages.kernels.launch import aligned_rows, slices
+from stages.kernels.launch import aligned_rows, applied, slices
 from stages.kernels.packed_experts import Relaid, dequantize, stored_rows
 from stages.kernels.routing import Sorted, sort_by_expert
 
@@ -83,7 +83,8 @@ def trained_experts(
         factors = (gate_up_lora.a, gate_up_lora.b, down_lora.a, down_lora.b)
         scales = (gate_up_lora.scale, down_lora.scale)
     hidden, indices, weights = hidden.contiguous(), indices.contiguous(), weights.contiguous()
-    out: Tensor = _TrainedExperts.apply(hidden, indices, weights, frozen, scales, tiling, only_backward, keep, *factors)
+    options = (frozen, scales, tiling, only_backward, keep)
+    out: Tensor = applied(_TrainedExperts, hidden, indices, weights, *options, *factors)
     return out
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.kernels.launch import applied
+
 
 class Projection(NamedTuple):
     """W [M, K] (unpacked when asked for, where it is packed), bias [M], and LoRA A [R, K] and B [M, R] or neither."""
@@ -32,7 +34,7 @@ def trained_linear(x: Tensor, projections: Sequence[Projection], *, only_backwar
     factors = [factor for each in projections if each.a is not None for factor in (each.a, each.b)]
     if factors and len(factors) != 2 * len(projections):
         raise ValueError("either all projections of an input have LoRA or none has")
-    out: tuple[Tensor, ...] = _TrainedLinear.apply(x, tuple(projections), only_backward, *factors)
+    out: tuple[Tensor, ...] = applied(_TrainedLinear, x, tuple(projections), only_backward, *factors)
     return out
 
 
@@ -64,7 +66,7 @@ class _TrainedLinear(torch.autograd.Function):
         if not factors:
             return of_x, None, None
         scaled = zip(grads, factors[1::2], ctx.projections, strict=True)
-        of_inner = torch.cat([_scaled(each.scale, grad, b.to(grad.dtype)) for grad, b, each in scaled], dim=1)
+        of_inner = _joined([_scaled(each.scale, grad, b.to(grad.dtype)) for grad, b, each in scaled], dim=1)
         ranks = _ranks(factors)
         of_factors = []
         parts = zip(
@@ -88,4 +90,8 @@ def _ranks(factors: Sequence[Tensor]) -> list[int]:
 
 def _first_factors(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Every A, one below the other."""
-    return torch.cat([a.to(dtype) for a in factors[::2]])
+    return _joined([a.to(dtype) for a in factors[::2]], dim=0)
+
+
+def _joined(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.kernels.packed_attention import Group, Groups
+from stages.kernels.transfer import upload
 
 
 class Sample(NamedTuple):
@@ -87,7 +88,7 @@ class Pack(NamedTuple):
                 ids += sample.completion_ids[:-1]
                 positions += range(len(prompt), len(prompt) + sample.num_tokens)
         targets = [token for sample in self.samples for token in sample.completion_ids]
-        return PackTensors(*(torch.tensor(values, device=device) for values in (ids, positions, predicting, targets)))
+        return PackTensors(*(upload(each, torch.int64, device) for each in (ids, positions, predicting, targets)))
 
     def routes(self, device: torch.device) -> Tensor | None:
         """The engine's experts int64 [T, layers, k] of the pack's tokens; None when a sample has none recorded."""
@@ -97,7 +98,7 @@ class Pack(NamedTuple):
                 if sample.routes is None:
                     return None
                 parts.append(sample.routes[0 if index == 0 else len(sample.prompt_ids) :])
-        return torch.cat(parts).to(device, torch.int64)
+        return upload(torch.cat(parts), torch.uint8, device).long()
 
 
 def deal_packs(samples: Sequence[Sample], pack_tokens: int) -> list[Pack]:
