@@ -39,7 +39,8 @@ from stages.tasks import judging, registry
 from stages.trainer import Pack, Sample, completion_distributions
 
 GAIN_KEPT = 0.9  # of the held-out gain; less and the residual adapter is written
-NUM_PROBES, PROBE_TOKENS = 8, 128  # completions of the live policy, cut off, on which logits and KL are compared
+NUM_PROBES, PROBE_TOKENS = 8, 128  # completions of the live policy, cut off, on which KL is measured
+NUM_RELOADED = 2  # of those, on which logits are compared: by then every weight has been used, on a CPU
 CARD_SHARE = 0.8  # of a card's free memory, what the weights of a model to be judged may take
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}  # of two models' logits of a token, relative norm
 
@@ -66,12 +67,15 @@ def run(context: StageContext) -> None:
     torch.cuda.empty_cache()
 
     body: dict[str, Any] = {"format": format, "policy_version": updates}
-    body |= reloaded(context, checkpoint, format, written.probes)
+    parts = 2 if format == "adapter" else 3  # written, loaded by transformers, judged
+    context.progress(1, parts, "parts")
+    body |= reloaded(context, checkpoint, format, written.probes[:NUM_RELOADED])
+    context.progress(2, parts, "parts")
     if format != "adapter":
         body["requantized"] = [each._asdict() for each in written.lost]
         body |= judge_export(context, checkpoint, written)
     (context.out / "export.json").write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
-    context.progress(1, 1, "model", **{"gain kept": f"{body['gain_kept']:.0%}"} if body.get("gain_kept") else {})
+    context.progress(parts, parts, "parts", **{"gain kept": f"{body['gain_kept']:.0%}"} if body.get("gain_kept") else {})
 
 
 def write(context: StageContext, checkpoint: Checkpoint, updates: int, format: str) -> Written:
@@ -97,6 +101,7 @@ def write(context: StageContext, checkpoint: Checkpoint, updates: int, format: s
 
 def reloaded(context: StageContext, checkpoint: Checkpoint, format: str, probes: list[Sample]) -> dict[str, Any]:
     """How far transformers' logits of what was written lie from ours, and of how many layers."""
+    started = time.perf_counter()
     num_layers = checkpoint.config.num_hidden_layers
     layers = layers_in_memory(checkpoint.config, itemsize=4)
     body: dict[str, Any] = {"reloaded_layers": layers, "reload": {}}
@@ -111,6 +116,7 @@ def reloaded(context: StageContext, checkpoint: Checkpoint, format: str, probes:
                 body["reload"] = check_adapter(part(context.out), base, probes, context.config.update)
             else:
                 body["reload"] = check_model(part(context.out), format, probes)
+    context.timings.append({"what": "reload", "seconds": time.perf_counter() - started})
     return body
 
 

@@ -40,13 +40,13 @@ def head(*, bench: str, command: str, gpu: str, shape: str, dtype: str, cuda: st
     }
 
 
-def command_line(words: list[str]) -> str:
+def command_line(words: list[str], program: tuple[str, ...] = ("flexsink",)) -> str:
     """The command that measures this again; where the figures went is left out."""
     kept = list(words)
     if "--out" in kept:
         at = kept.index("--out")
         del kept[at : at + 2]
-    return shlex.join(["flexsink", *kept])
+    return shlex.join([*program, *kept])
 
 
 def today() -> str:

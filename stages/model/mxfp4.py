@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 32  # values that share a scale
 SCALE_BIAS = 127
@@ -42,10 +43,12 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"MXFP4 blocks [..., K/32, 16] need scales [..., K/32], got {shapes}")
     if bool((scales == 255).any()):
         raise ValueError("an MXFP4 scale is 255 (NaN)")
-    table = torch.tensor(MAGNITUDES + tuple(-m for m in MAGNITUDES), dtype=torch.float32, device=blocks.device)
-    nibbles = torch.stack((blocks & 0xF, blocks >> 4), dim=-1).flatten(-2)  # even k low, odd k high
+    values = torch.tensor(MAGNITUDES + tuple(-m for m in MAGNITUDES), dtype=torch.float32, device=blocks.device)
+    byte = torch.arange(256, device=blocks.device)
+    pairs = torch.stack((values[byte & 0xF], values[byte >> 4]), dim=-1)  # even k low, odd k high
     exponents = scales.to(torch.int32).unsqueeze(-1) - SCALE_BIAS
-    return torch.ldexp(table[nibbles.to(torch.int64)], exponents).flatten(-2).to(dtype)
+    powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    return F.embedding(blocks.to(torch.int32), pairs).flatten(-2).mul_(powers).flatten(-2).to(dtype)
 
 
 def quantize(weight: Tensor) -> Mxfp4:

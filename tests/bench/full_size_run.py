@@ -12,7 +12,6 @@ needed. Writes OUT/full-size-run.json beside model and run.
 import argparse
 import dataclasses
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -69,7 +68,7 @@ def main() -> int:
     with holding_the_rest(args.card_bytes), Session() as session:
         loop(config, local(run, config, session, Lines(sys.stdout)))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    command = shlex.join(["python", "-m", "tests.bench.full_size_run", *sys.argv[1:]])
+    command = results.command_line(sys.argv[1:], ("python", "-m", "tests.bench.full_size_run"))
     body = results.head(
         bench="full-size-run",
         command=command,
@@ -131,7 +130,9 @@ def stand_in_programs(task: Task) -> None:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    return {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "rollout", "update")}
+    told = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "rollout", "update")}
+    del told["model"]["source"]  # the folder that was made for this
+    return told
 
 
 def exported(run: RunDir, format: str) -> dict[str, Any]:
