@@ -75,7 +75,8 @@ def run(context: StageContext) -> None:
         body["requantized"] = [each._asdict() for each in written.lost]
         body |= judge_export(context, checkpoint, written)
     (context.out / "export.json").write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
-    context.progress(parts, parts, "parts", **{"gain kept": f"{body['gain_kept']:.0%}"} if body.get("gain_kept") else {})
+    told = {"gain kept": f"{body['gain_kept']:.0%}"} if body.get("gain_kept") else {}
+    context.progress(parts, parts, "parts", **told)
 
 
 def write(context: StageContext, checkpoint: Checkpoint, updates: int, format: str) -> Written:
