@@ -40,7 +40,7 @@ from stages.trainer import Pack, Sample, completion_distributions
 
 GAIN_KEPT = 0.9  # of the held-out gain; less and the residual adapter is written
 NUM_PROBES, PROBE_TOKENS = 8, 128  # completions of the live policy, cut off, on which KL is measured
-NUM_RELOADED = 2  # of those, on which logits are compared: by then every weight has been used, on a CPU
+NUM_RELOADED = 2  # of those, on which logits are compared, as that is done on the CPU
 CARD_SHARE = 0.8  # of a card's free memory, what the weights of a model to be judged may take
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}  # of two models' logits of a token, relative norm
 

@@ -142,7 +142,7 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
             max_new_tokens=config.rollout.max_new_tokens,
         )
         for place, pack in enumerate(batch):
-            engine = engine_logprobs(pack, policy.device)
+            engine = pack.engine_logprobs(policy.device)
             silent = all(sample.completion_id in left_out for sample in pack.samples)
             # Where nothing is to be learned no gradient comes of it.
             if silent or (not update.kl and all(sample.advantage == 0 for sample in pack.samples)):
@@ -154,7 +154,7 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
                     old_logprobs=before.logprobs,
                     engine_logprobs=engine,
                     reference_logprobs=reference[index][place] if reference else None,
-                    advantages=upload([each.advantage for each in pack.samples], torch.float32, policy.device),
+                    advantages=pack.advantages(policy.device),
                     lengths=upload(pack.lengths, torch.int64, policy.device),
                 )
                 loss, metrics = policy_loss(now.logprobs, inputs, totals, update)
@@ -286,11 +286,6 @@ def deal(count: int, steps: int, *, seed: int, last: Collection[int] = ()) -> li
     return [order[start::steps] for start in range(min(steps, count))]
 
 
-def engine_logprobs(pack: Pack, device: torch.device) -> Tensor:
-    """What the engine made of the same tokens, float32 [T]."""
-    return upload([x for sample in pack.samples for x in sample.engine_logprobs], torch.float32, device)
-
-
 def warn_of_disagreement(iteration: int, engine_kl: float, update: UpdateConfig) -> None:
     """One line in the log, with the cure, where the engine sampled from another policy than the trainer's."""
     if not engine_kl <= MAX_ENGINE_KL:
@@ -317,7 +312,7 @@ def sample_rows(
             scored = old[index][place]
             assert scored is not None
             lengths = pack.lengths
-            engine = engine_logprobs(pack, scored.logprobs.device)
+            engine = pack.engine_logprobs(scored.logprobs.device)
             corrected = correction(scored.logprobs, engine, kind=update.correction, cap=update.correction_cap)
             policy_of = scored.logprobs.split(lengths)
             reference_of = reference[index][place].split(lengths) if reference else None

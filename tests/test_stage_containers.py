@@ -131,6 +131,16 @@ def test_a_stage_container_has_no_docker_no_network_no_rights_and_the_callers_ui
         assert sorted(sandbox["HostConfig"]["CapAdd"]) == ["KILL", "SETGID", "SETUID"]
 
 
+def running(text: str) -> Callable[..., StageContainer]:
+    """Starts a stage's container that runs this Python text instead."""
+
+    def start(client: Any, image: str, **settings: Any) -> StageContainer:
+        settings["options"] |= {"entrypoint": ["python3", "-c", text], "command": []}
+        return StageContainer(client, image, **settings)
+
+    return start
+
+
 def test_a_stage_of_any_user_can_write_temporary_files_and_to_its_home(
     run: RunDir, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,13 +150,9 @@ def test_a_stage_of_any_user_can_write_temporary_files_and_to_its_home(
         "print('{\"done\": true}')\n"
     )
 
-    def start(client: Any, image: str, **settings: Any) -> StageContainer:
-        settings["options"] |= {"entrypoint": ["python3", "-c", text], "command": []}
-        return StageContainer(client, image, **settings)
-
     monkeypatch.setattr(os, "getuid", lambda: 4711)
     monkeypatch.setattr(os, "getgid", lambda: 4711)
-    monkeypatch.setattr(containers, "StageContainer", start)
+    monkeypatch.setattr(containers, "StageContainer", running(text))
     for home in ("/home/somebody", "/tmp/somebody", "/var"):
         monkeypatch.setenv("HOME", home)
         with Crew(run, config) as crew:
@@ -203,11 +209,7 @@ def test_a_folder_of_links_as_the_hubs_cache_has_is_whole_in_the_container(
         "print(json.dumps({'error': [json.dumps(found), '']}))\n"
     )
 
-    def start(client: Any, image: str, **settings: Any) -> StageContainer:
-        settings["options"] |= {"entrypoint": ["python3", "-c", text], "command": []}
-        return StageContainer(client, image, **settings)
-
-    monkeypatch.setattr(containers, "StageContainer", start)
+    monkeypatch.setattr(containers, "StageContainer", running(text))
     config = replace(config, "model", source=str(source))
     with Crew(run, config) as crew:
         crew.keep_sandboxes(False)

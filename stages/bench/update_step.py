@@ -153,17 +153,17 @@ class Training:
 
     def _accumulate(self, pack: Pack, totals: StepTotals, watch: "Stopwatch", on_policy: bool) -> None:
         """Adds a pack's gradients."""
-        device, samples = self.policy.device, pack.samples
-        given = {
-            "advantages": upload([sample.advantage for sample in samples], torch.float32, device),
-            "lengths": upload([len(sample.completion_ids) for sample in samples], torch.int64, device),
-        }
+        device = self.policy.device
         now = self.logprobs(pack, grad=True)
         watch.lap("forward")
-        old = engine = now.detach()
-        if not on_policy:
-            engine = upload([value for sample in samples for value in sample.engine_logprobs], torch.float32, device)
-        inputs = LossInputs(old_logprobs=old, engine_logprobs=engine, reference_logprobs=None, **given)
+        old = now.detach()
+        inputs = LossInputs(
+            old_logprobs=old,
+            engine_logprobs=old if on_policy else pack.engine_logprobs(device),
+            reference_logprobs=None,
+            advantages=pack.advantages(device),
+            lengths=upload(pack.lengths, torch.int64, device),
+        )
         loss, _ = policy_loss(now, inputs, totals, self.update)
         loss.backward()
         watch.lap("backward")

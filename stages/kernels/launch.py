@@ -37,8 +37,6 @@ def launch_options(tensor: Tensor, *, warps: int) -> dict[str, Any]:
 class _Forgetful:
     """In place of a function's context where no backward comes."""
 
-    needs_input_grad = (False,) * 32
-
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keeps nothing."""
 

@@ -171,14 +171,13 @@ def tables_of(groups: Groups, device: torch.device) -> Tables:
             last += 1
         rows.append([*segment, index + 1, last])
 
-    def tiles(size: int) -> Tensor:
-        found = [(index, at) for index, segment in enumerate(every) for at in range(0, segment.length, size)]
-        return torch.tensor(found)
+    def tiles(size: int) -> list[tuple[int, int]]:
+        return [(index, at) for index, segment in enumerate(every) for at in range(0, segment.length, size)]
 
     made = (
-        torch.tensor(rows),
-        tiles(FORWARD.queries).flip(0),
-        tiles(QUERY_GRADIENT.queries).flip(0),
+        rows,
+        tiles(FORWARD.queries)[::-1],
+        tiles(QUERY_GRADIENT.queries)[::-1],
         tiles(KEY_GRADIENT.keys),
     )
     return Tables(*(upload(table, torch.int32, device) for table in made))

@@ -189,7 +189,7 @@ def dequantize(
     out = aligned_rows(words.shape[0], rows, inputs + room, like=like)
     blocks = inputs // 256 + inputs % 256 // 64
     dequantize_kernel[(words.shape[0] * rows // ROWS * blocks,)](
-        words, scales, out, out.stride(1), K=inputs, M=rows,
+        words, scales, out, out.stride(1), K=inputs, BLOCKS=blocks,
         INTERLEAVED=relaid.interleaved and not stored_order, ASM=asm(out), num_warps=1,
     )  # fmt: skip
     return out

@@ -93,5 +93,5 @@ def _first_factors(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return _joined([a.to(dtype) for a in factors[::2]], dim=0)
 
 
-def _joined(parts: Sequence[Tensor], *, dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+def _joined(parts: list[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -486,15 +486,14 @@ def _store_four(where, w0, w1, w2, w3, width: tl.constexpr):
 
 @triton.jit
 def dequantize_kernel(
-    words, scales, out, row_stride, K: tl.constexpr, M: tl.constexpr, INTERLEAVED: tl.constexpr, ASM: tl.constexpr
+    words, scales, out, row_stride, K: tl.constexpr, BLOCKS: tl.constexpr, INTERLEAVED: tl.constexpr, ASM: tl.constexpr
 ):
     """The matrices [E, M, K] themselves, in the checkpoint's order of rows. Grid: E * M / 16 tiles of rows times the
-    blocks of a row, which are neighbours: rows are written whole.
+    BLOCKS of a row, which are neighbours: rows are written whole.
     """
     whole: tl.constexpr = K // 256
-    blocks: tl.constexpr = whole + K % 256 // 64
-    tile = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
     stored = tl.arange(0, 16)
     row = stored % 8 * 2 + stored // 8 if INTERLEAVED else stored
     where = out + (tile * 16 + row[:, None]) * row_stride

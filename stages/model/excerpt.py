@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.memory import available_bytes
 from stages.model.checkpoint import expected_shapes
+from stages.model.files import save_tensors
 
 MEMORY_SHARE = 0.8  # of what is free, what a model may take
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -40,9 +40,8 @@ def excerpt(source: Path, layers: int, folder: Path) -> Path:
         with safe_open(path, framework="pt") as file:
             kept |= {name: file.get_tensor(name) for name in file.keys() if _layer_of(name) < layers}  # noqa: SIM118
     is_adapter = (source / "adapter_config.json").exists()
-    save_file(
-        kept, folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors"), metadata={"format": "pt"}
-    )
+    name = "adapter_model.safetensors" if is_adapter else "model.safetensors"
+    save_tensors(kept, folder / name, metadata={"format": "pt"})
     if not is_adapter:
         raw = json.loads((source / "config.json").read_text())
         raw["num_hidden_layers"] = layers

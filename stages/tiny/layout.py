@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerBase
 
+from stages.model.files import save_tensors
 from stages.model.mxfp4 import quantize
 
 # What the published checkpoints keep in 16 bits.
@@ -85,7 +85,7 @@ def tensors(model: GptOssForCausalLM) -> dict[str, Tensor]:
 def write(model: GptOssForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the checkpoint into folder, which is made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(sorted(tensors(model).items())), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(dict(sorted(tensors(model).items())), folder / "model.safetensors", metadata={"format": "pt"})
     described = model.config.to_diff_dict() | {
         "architectures": ["GptOssForCausalLM"],
         "dtype": "bfloat16",

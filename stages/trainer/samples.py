@@ -73,6 +73,14 @@ class Pack(NamedTuple):
         """Tokens of each completion."""
         return [len(sample.completion_ids) for sample in self.samples]
 
+    def advantages(self, device: torch.device) -> Tensor:
+        """Of each completion, float32 [N]."""
+        return upload([sample.advantage for sample in self.samples], torch.float32, device)
+
+    def engine_logprobs(self, device: torch.device) -> Tensor:
+        """What the engine made of the completions' tokens, float32 [all completion tokens]."""
+        return upload([value for sample in self.samples for value in sample.engine_logprobs], torch.float32, device)
+
     def tensors(self, device: torch.device) -> PackTensors:
         """What the model is given."""
         ids: list[int] = []
