@@ -9,7 +9,6 @@ a chunk of a long one. Kernels are compiled by several processes at once first.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
+from stages.bench.results import command_line, head, write
 from stages.kernels import reference
 from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
 from stages.kernels.decode_attention_triton import Plan, launch, plan_for
@@ -282,10 +282,14 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     compile_all(args.workers)
-    record: dict[str, Any] = {
-        "bench": "tune_attention", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "command": " ".join(["tests/bench/tune_attention.py", *sys.argv[1:]]),
-    }  # fmt: skip
+    record = head(
+        bench="tune_attention",
+        command=command_line(sys.argv[1:], program=("python", "tests/bench/tune_attention.py")),
+        gpu=torch.cuda.get_device_name(),
+        shape="gpt-oss-20b",
+        dtype="bf16",
+        cuda=str(torch.version.cuda),
+    )
     parts: list[tuple[str, Callable[[], Any]]] = [("check", check), ("company", company)]
     for rows, context in CASES:
         parts.append((f"full {rows}x{context}", partial(sweep, rows, context, ring=False, deadline=deadline)))
@@ -309,7 +313,7 @@ def main() -> None:
         print(f"-- {name}: {time.monotonic() - begin:.1f} s", flush=True)
         torch.cuda.empty_cache()
         if args.out:
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            write(args.out, record)
     sys.exit(1 if failures else 0)
 
 

@@ -6,7 +6,6 @@ their own beforehand.
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -17,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from stages.bench.results import command_line, head, write
 from stages.kernels import reference
 from stages.kernels.norms import combine_norm
 from stages.kernels.packed_experts import (
@@ -149,6 +149,19 @@ def graph_ms(function, repeats=15):
     return statistics.median(times)
 
 
+def measure_pair(layers, rows):
+    """Microseconds of a layer's gate_up and down, and the share of 4.3 TB/s at which they read the chosen experts."""
+    plan = plan_for(rows)
+    given = [(packed, *inputs(rows, index, plan.tokens)) for index, packed in enumerate(layers)]
+
+    def step():
+        return [down(gate_up(hidden, routing, packed, plan), routing, packed, plan) for packed, hidden, routing in given]
+
+    us = graph_ms(step) * 1e3 / len(layers)
+    hit = statistics.mean(routing.indices.unique().numel() for _, _, routing in given)
+    return us, hit * 3 * F * D * 17 / 32 / (us * 1e-6) / 4.3e12
+
+
 def check(layers):
     packed = layer(7, rank=R)
     for rows in (1, 16, 64, 256):
@@ -242,7 +255,11 @@ def main():
                 print(
                     f"   {r['us']:8.2f} us {100 * r['share']:5.1f} %  tokens {r['tokens']} few {r['few']} {r['launch']}"
                 )
-    # The whole chain with today's plans.
+    # gate_up and down with today's plans, and the whole chain.
+    for rows in (1, 16, 64, 256):
+        pair, share = measure_pair(layers, rows)
+        results.append({"rows": rows, "pair_us": round(pair, 2), "share": round(share, 3)})
+        print(f"pair {rows}: {pair:.1f} us, {100 * share:.1f} % of 4.3 TB/s")
     for rank in (0, R):
         chained = layers if not rank else [layer(i, rank=R) for i in range(LAYERS)]
         for rows in (1, 16, 64, 256):
@@ -286,7 +303,15 @@ def main():
         experts_prefill(hidden, indices, values.softmax(-1), packed)
     torch.cuda.synchronize()
     print(f"prefill 4096 tokens: {(time.time() - t) / LAYERS * 1e3:.2f} ms a layer")
-    Path(args.out).write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "results": results}, indent=1))
+    about = head(
+        bench="tune_experts",
+        command=command_line(sys.argv[1:], program=("python", "tests/bench/tune_experts.py")),
+        gpu=torch.cuda.get_device_name(),
+        shape="gpt-oss-20b",
+        dtype="bf16",
+        cuda=str(torch.version.cuda),
+    )
+    write(Path(args.out), {**about, "reference_tb_s": 4.3, "results": results})
     print(f"{time.time() - started:.0f} s")
 
 
