@@ -11,7 +11,8 @@ from stages.kernels.attention import Partial, apply_sinks, attend, merge, sink_a
 from stages.kernels.experts import Lora, experts, experts_fixed_shape
 from stages.kernels.launch import interpreted
 from stages.kernels.logprobs import Tile, token_logprobs
-from stages.kernels.norms import add_rms_norm_grad, rms_norm
+from stages.kernels.norms import add_rms_norm_grad, advance, rms_norm
+from stages.kernels.rotary import rotate
 from stages.model.experts import DenseWeight, PackedWeight
 from stages.model.mxfp4 import dequantize, quantize
 
@@ -163,6 +164,50 @@ def test_the_trainers_norm_and_its_gradient_equal_float64(path: Literal["auto", 
     total = torch.ones_like(x)
     add_rms_norm_grad(x.detach(), weight, grad, total, eps=1e-5, path=path)
     torch.testing.assert_close(total, mine + 1)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
+)
+def test_a_block_s_output_is_added_rounded_and_normed_at_once(path: Literal["auto", "triton"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, delta = torch.randn(2, 5, 24, generator=generator)
+    weight = torch.rand(24, generator=generator)
+    for added in (None, delta, delta.half()):
+        stream, rounded = before.clone(), torch.empty(5, 24, dtype=torch.float16)
+        normed = advance(stream, added, weight, rounded, eps=1e-5, path=path)
+        expected = before if added is None else before + added.float()
+        assert torch.equal(stream, expected)
+        assert torch.equal(rounded, expected.half())
+        right = torch.nn.functional.rms_norm(expected.to(F64), (24,), weight.to(F64), 1e-5)
+        assert normed.dtype == torch.float16
+        torch.testing.assert_close(normed.to(F64), right, atol=1e-6, rtol=2**-10)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
+)
+def test_queries_and_keys_are_turned_as_complex_numbers_and_their_gradients_back(
+    path: Literal["auto", "triton"],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(5, 6, 12, generator=generator), torch.randn(5, 3, 12, generator=generator)
+    angles = 6 * torch.rand(5, 6, generator=generator)
+    grads = torch.randn(5, 6, 12, generator=generator), torch.randn(5, 3, 12, generator=generator)
+
+    def turned(x: Tensor, sign: int) -> Tensor:
+        first, second = x.to(F64).chunk(2, dim=-1)
+        found = torch.complex(first, second) * torch.polar(torch.ones(5, 6, dtype=F64), sign * angles.to(F64))[:, None]
+        return torch.cat((found.real, found.imag), dim=-1)
+
+    pair = query.clone().requires_grad_(), key.clone().requires_grad_()
+    found = rotate(*pair, angles.cos(), angles.sin(), path=path)
+    backward = torch.autograd.grad(found, pair, [grad.clone() for grad in grads])
+    for each, before, of_each, grad in zip(found, (query, key), backward, grads, strict=True):
+        torch.testing.assert_close(each.detach().to(F64), turned(before, 1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(of_each.to(F64), turned(grad, -1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

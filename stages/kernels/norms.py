@@ -106,13 +106,8 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx, x, weight, dtype, eps, path):
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.path = eps, path
-        if not (x.is_cuda or path == "triton"):
-            return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
-        from stages.kernels.triton_norms import norm_kernel
-
-        num_rows, width = x.shape
-        out = torch.empty(num_rows, width, dtype=dtype, device=x.device)
-        norm_kernel[(num_rows,)](x, weight, out, eps, D=width, DP=power_of_two(width), num_warps=8)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        write_rms_norm(x, weight, out, eps=eps, path=path)
         return out
 
     @staticmethod
@@ -121,6 +116,46 @@ class _RmsNorm(torch.autograd.Function):
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         add_rms_norm_grad(x, weight, grad, out, eps=ctx.eps, path=ctx.path)
         return out.to(x.dtype), None, None, None, None
+
+
+def write_rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float, path: Path = "auto") -> None:
+    """Writes the norm of x [N, D] to out [N, D], behind autograd's back."""
+    if not (x.is_cuda or path == "triton"):
+        out.data.copy_(F.rms_norm(x.float(), weight.shape, weight.float(), eps))
+        return
+    from stages.kernels.triton_norms import norm_kernel
+
+    num_rows, width = x.shape
+    norm_kernel[(num_rows,)](x, weight, out, eps, D=width, DP=power_of_two(width), num_warps=8)
+
+
+def advance(
+    stream: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    rounded: Tensor,
+    *,
+    eps: float,
+    path: Path = "auto",
+) -> Tensor:
+    """Adds a block's output [N, D], if there is one, to the stream float32 [N, D] in place, writes the stream to
+    `rounded` [N, D], and returns its norm [N, D] in the dtype of `rounded`.
+    """
+    normed = torch.empty_like(rounded)
+    if not (stream.is_cuda or path == "triton"):
+        if delta is not None:
+            stream += delta
+        rounded.copy_(stream)
+        write_rms_norm(stream, weight, normed, eps=eps)
+        return normed
+    from stages.kernels.triton_norms import advance_kernel
+
+    num_rows, width = stream.shape
+    advance_kernel[(num_rows,)](
+        stream, stream if delta is None else delta, weight, rounded, normed, eps,
+        D=width, DP=power_of_two(width), ADD=delta is not None, num_warps=8,
+    )  # fmt: skip
+    return normed
 
 
 def add_rms_norm_grad(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, *, eps: float, path: Path = "auto") -> None:

@@ -7,12 +7,18 @@ import triton.language as tl
 
 
 @triton.jit
+def _write_norm(values, weight, out, d, inside, eps, D: tl.constexpr):
+    """out [D], the RMS norm of float32 values, as transformers rounds it."""
+    scaled = values * tl.rsqrt(tl.sum(values * values, axis=0) / D + eps)
+    scaled *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + d, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _normed(residual, weight, out, row, total, d, inside, eps, D: tl.constexpr):
-    """Writes the stream, and its RMS norm as transformers rounds it."""
+    """Writes the stream and its RMS norm."""
     tl.store(residual + row * D + d, total, mask=inside)
-    variance = tl.sum(total * total, axis=0) / D
-    scaled = total * tl.rsqrt(variance + eps) * tl.load(weight + d, mask=inside, other=0.0)
-    tl.store(out + row * D + d, scaled.to(out.dtype.element_ty), mask=inside)
+    _write_norm(total, weight, out + row * D, d, inside, eps, D)
 
 
 @triton.jit
@@ -96,9 +102,22 @@ def norm_kernel(x, weight, out, eps, D: tl.constexpr, DP: tl.constexpr):
     d = tl.arange(0, DP)
     inside = d < D
     values = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
-    scaled = values * tl.rsqrt(tl.sum(values * values, axis=0) / D + eps)
-    scaled *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * D + d, scaled.to(out.dtype.element_ty), mask=inside)
+    _write_norm(values, weight, out + row * D, d, inside, eps, D)
+
+
+@triton.jit
+def advance_kernel(stream, delta, weight, rounded, normed, eps, D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr):
+    """stream float32 [N, D] += delta [N, D] if ADD; writes it rounded, and its RMS norm, both [N, D]. Grid (N,)."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    inside = d < D
+    at = row * D + d
+    values = tl.load(stream + at, mask=inside, other=0.0)
+    if ADD:
+        values += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(stream + at, values, mask=inside)
+    tl.store(rounded + at, values.to(rounded.dtype.element_ty), mask=inside)
+    _write_norm(values, weight, normed + row * D, d, inside, eps, D)
 
 
 @triton.jit

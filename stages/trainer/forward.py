@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.kernels.logprobs import token_logprobs
-from stages.kernels.norms import add_rms_norm_grad, rms_norm
+from stages.kernels.norms import add_rms_norm_grad, advance, rms_norm, write_rms_norm
 from stages.kernels.packed_attention import Groups, packed_attention
 from stages.kernels.rotary import rotate
 from stages.kernels.routing import trained_router_logits
@@ -165,32 +165,35 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hook, embed, blocks, kept, eps, dtype, store):
-        ctx.blocks, ctx.eps, ctx.dtype, ctx.store = blocks, eps, dtype, store
+        ctx.blocks, ctx.eps, ctx.store = blocks, eps, store
         ctx.kept = []
         recomputed = len(blocks) - min(kept, len(blocks))
-        stream = embed()
+        stream, out = embed(), None
+        store.begin(len(blocks), like=stream, dtype=dtype)
         for index, block in enumerate(blocks):
-            rounded = stream.to(dtype, copy=True)
-            normed = rms_norm(stream, block.weight, dtype=dtype, eps=eps)
+            normed = advance(stream, out, block.weight, store.place(index), eps=eps)
+            store.put(index)
             if index < recomputed:
-                store.put(index, rounded, num_tensors=recomputed)
-                stream += block.run(normed, _Wanted.VALUES)
+                out = block.run(normed, _Wanted.VALUES)
                 continue
             with torch.enable_grad():
                 out = block.run(normed.requires_grad_(), _Wanted.BOTH)
-                ctx.kept.append((rounded, normed, _Ending(out)))
-            stream += out.detach()
-            del out
+                ctx.kept.append((normed, _Ending(out)))
+            out = out.detach()
+            normed.untyped_storage().resize_(0)  # written again in backward, where the graph finds it
+        stream += out
         return stream
 
     @staticmethod
     def backward(ctx, grad):
         for index, block in reversed(list(enumerate(ctx.blocks))):
+            stream = ctx.store.take(index)
             if ctx.kept:
-                stream, normed, ending = ctx.kept.pop()
+                normed, ending = ctx.kept.pop()
+                normed.untyped_storage().resize_(stream.nbytes)
+                write_rms_norm(stream, block.weight, normed, eps=ctx.eps)
             else:
-                stream = ctx.store.take(index)
-                normed = rms_norm(stream, block.weight, dtype=ctx.dtype, eps=ctx.eps).requires_grad_()
+                normed = rms_norm(stream, block.weight, dtype=stream.dtype, eps=ctx.eps).requires_grad_()
                 with torch.enable_grad():
                     ending = _Ending(block.run(normed, _Wanted.GRAPH))
             ending.backward(grad)
@@ -237,8 +240,7 @@ def _attention_block(layer: Any, line: _Line) -> _Block:
         )
         query, key, value = (x.unflatten(1, (-1, channels)) for x in found)
         attended = packed_attention(
-            rotate(query, line.cos, line.sin),
-            rotate(key, line.cos, line.sin),
+            *rotate(query, key, line.cos, line.sin),
             value,
             sinks=attention.sinks,
             scale=attention.scaling,

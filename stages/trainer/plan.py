@@ -99,10 +99,10 @@ def needed_bytes(sizes: Sizes, tokens: int, plan: Plan) -> int:
 
 
 def kept_layer_bytes(sizes: Sizes) -> int:
-    """What a layer keeps of one token: of both blocks the input and its norm; queries, keys, values and attention's
-    output; gate_up's output of each chosen expert.
+    """What a layer keeps of one token: queries, keys, values and attention's output; gate_up's output of each chosen
+    expert.
     """
-    numbers = 4 * sizes.width + 2 * sizes.heads_width + 2 * sizes.keys_width + 2 * sizes.top_k * sizes.inner
+    numbers = 2 * sizes.heads_width + 2 * sizes.keys_width + 2 * sizes.top_k * sizes.inner
     return numbers * sizes.number + 4 * sizes.heads
 
 

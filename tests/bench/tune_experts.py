@@ -155,7 +155,9 @@ def measure_pair(layers, rows):
     given = [(packed, *inputs(rows, index, plan.tokens)) for index, packed in enumerate(layers)]
 
     def step():
-        return [down(gate_up(hidden, routing, packed, plan), routing, packed, plan) for packed, hidden, routing in given]
+        return [
+            down(gate_up(hidden, routing, packed, plan), routing, packed, plan) for packed, hidden, routing in given
+        ]
 
     us = graph_ms(step) * 1e3 / len(layers)
     hit = statistics.mean(routing.indices.unique().numel() for _, _, routing in given)
