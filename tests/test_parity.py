@@ -123,23 +123,24 @@ def test_in_bfloat16_packed_is_unpacked_but_for_rounding(device: str) -> None:
     experts = "mxfp4" if device == "cuda" else "dequantized"
     policy = make_policy(BUNDLED, experts=experts, dtype=torch.bfloat16, device=device)
     alone = with_grads(policy, [Pack((sample,)) for sample in samples])
-    for kept_layers in (0, 2):  # of 4, the others are computed again from their rounded input
-        plan = PLANS[0]._replace(kept_layers=kept_layers)
+    for kept in ((0, 0), (2, 2), (4, 1)):  # of 4, the others are computed again from their rounded input
+        plan = PLANS[0]._replace(kept_attention=kept[0], kept_experts=kept[1])
         packed = with_grads(policy, deal_packs(samples, 10_000), recompute=True, plan=plan)
         for name, logprobs in alone[0].items():
             torch.testing.assert_close(packed[0][name], logprobs, atol=0.04, rtol=0)
         for name, grad in alone[1].items():
             cosine = torch.cosine_similarity(packed[1][name].flatten().double(), grad.flatten().double(), dim=0)
-            assert cosine > 0.999, (kept_layers, name, float(cosine))
+            assert cosine > 0.999, (kept, name, float(cosine))
 
 
 def test_layers_computed_again_in_backward_give_the_bits_of_those_kept(policy: Policy, samples: list[Sample]) -> None:
     packs = deal_packs(samples, 10_000)
     expected = with_grads(policy, packs)
-    for kept_layers in (0, 1, 4, 5):  # of 4
-        found = with_grads(policy, packs, recompute=True, plan=PLANS[0]._replace(kept_layers=kept_layers))
+    for kept in ((0, 0), (1, 1), (3, 1), (0, 4), (4, 4), (5, 5)):  # of 4
+        plan = PLANS[0]._replace(kept_attention=kept[0], kept_experts=kept[1])
+        found = with_grads(policy, packs, recompute=True, plan=plan)
         for name, grad in expected[1].items():
-            assert torch.equal(found[1][name], grad), (kept_layers, name)
+            assert torch.equal(found[1][name], grad), (kept, name)
 
 
 def test_attention_and_unembedding_in_nf4_train_as_their_unpacked_weights_do(

@@ -11,7 +11,7 @@ from stages.trainer.plan import PLANS, Sizes, choose_plan, held_bytes, longest_f
 
 # gpt-oss-20b with LoRA r=16 in bf16 and 8-bit AdamW, its embedding in the host's memory
 SIZES = Sizes(
-    width=2880, heads=64, heads_width=4096, keys_width=512, inner=2880, experts=32, top_k=4, layers=24,
+    width=2880, heads=64, heads_width=4096, keys_width=512, inner=2880, experts=32, top_k=4, layers=24, keepable=24,
     held=13_712_739_328,
     number=2,
 )  # fmt: skip
@@ -22,7 +22,7 @@ def test_the_fastest_plan_that_fits_is_chosen() -> None:
     assert needs == sorted(needs, reverse=True)
     for need in set(needs):
         assert choose_plan(SIZES, 4096, need) == PLANS[needs.index(need)]
-    assert choose_plan(SIZES, 4096, 141e9) == PLANS[0]._replace(kept_layers=24)
+    assert choose_plan(SIZES, 4096, 141e9) == PLANS[0]._replace(kept_attention=24, kept_experts=24)
 
 
 def test_layers_keep_their_graphs_in_half_of_what_is_left_over() -> None:
@@ -30,18 +30,19 @@ def test_layers_keep_their_graphs_in_half_of_what_is_left_over() -> None:
     kept = []
     for budget in (least, least + 1e9, 20e9, 24e9, 40e9):
         plan = choose_plan(SIZES, 4096, budget)
-        assert plan._replace(kept_layers=0) == PLANS[0]
+        assert plan._replace(kept_attention=0, kept_experts=0) == PLANS[0]
         assert needed_bytes(SIZES, 4096, plan) <= (least + budget) / 2
-        kept.append(plan.kept_layers)
-    assert kept == [0, 1, 7, 14, 24]
+        kept.append((plan.kept_attention, plan.kept_experts))
+    assert kept == [(0, 0), (6, 0), (24, 0), (24, 10), (24, 24)]
 
 
-def test_layers_whose_experts_autograd_trains_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_autograd_trains_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = synthetic_policy(SHAPES["tiny"], lora_rank=4, dtype=torch.float32, device="cpu", seed=1)
     monkeypatch.setattr(Experts, "trained_by_kernels", True)
-    assert Sizes.of(policy, held=0).layers == SHAPES["tiny"].num_layers
+    assert Sizes.of(policy, held=0).keepable == SHAPES["tiny"].num_layers
     monkeypatch.setattr(Experts, "trained_by_kernels", False)
-    assert choose_plan(Sizes.of(policy, held=0), 256, 141e9).kept_layers == 0
+    plan = choose_plan(Sizes.of(policy, held=0), 256, 141e9)
+    assert (plan.kept_attention, plan.kept_experts) == (SHAPES["tiny"].num_layers, 0)
 
 
 def test_memory_grows_linearly_with_the_length() -> None:

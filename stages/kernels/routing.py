@@ -113,7 +113,6 @@ class Sorted(NamedTuple):
     assigned: Tensor  # int64 [A], which one stands at a place
     owner: Tensor  # int64 [A], its expert
     places: Tensor  # int64 [A], where each one stands
-    counts: Tensor  # int32 [E]
     ends: Tensor  # int32 [E], the place behind an expert's last
 
 
@@ -133,4 +132,4 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> Sorted:
     assigned, owner, places = torch.empty(3, number, dtype=torch.int64, device=indices.device)
     place_kernel[(num_blocks,)](flat, counts, ends, assigned, owner, places, number, num_blocks, **options)
     ends = ends.view(num_experts, num_blocks)[:, -1].contiguous()
-    return Sorted(assigned, owner, places, counts.sum(1, dtype=torch.int32), ends)
+    return Sorted(assigned, owner, places, ends)

@@ -93,13 +93,13 @@ class _TrainedExperts(torch.autograd.Function):
     def forward(ctx, hidden, indices, weights, frozen, scales, tiling, only_backward, keep, *factors):
         ctx.save_for_backward(hidden, indices, weights, *factors)
         ctx.frozen, ctx.scales, ctx.tiling = frozen, scales, tiling
-        ctx.inners = [] if keep else None
+        ctx.kept = [] if keep else None
         out = torch.empty((), dtype=torch.float32, device=hidden.device).expand(hidden.shape)
         if not only_backward:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
             layer = _Layer(frozen, scales, factors, hidden.dtype, tiling.experts)
             for rows in slices(hidden.shape[0], tiling.rows):
-                layer.forward(hidden[rows], indices[rows], weights[rows], out[rows], ctx.inners)
+                layer.forward(hidden[rows], indices[rows], weights[rows], out[rows], ctx.kept)
         return out
 
     @staticmethod
@@ -107,47 +107,58 @@ class _TrainedExperts(torch.autograd.Function):
         hidden, indices, weights, *factors = ctx.saved_tensors
         layer = _Layer(ctx.frozen, ctx.scales, tuple(factors), hidden.dtype, ctx.tiling.experts)
         grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(weights)
-        if ctx.inners is not None:
-            ctx.inners.reverse()
+        if ctx.kept is not None:
+            ctx.kept.reverse()
         for rows in slices(hidden.shape[0], ctx.tiling.rows):
             given = hidden[rows], indices[rows], weights[rows], grad[rows]
-            layer.backward(*given, grad_hidden[rows], grad_weights[rows], ctx.inners)
+            kept = ctx.kept.pop() if ctx.kept else None
+            layer.backward(*given, grad_hidden[rows], grad_weights[rows], kept)
         return grad_hidden, None, grad_weights, None, None, None, None, None, *layer.factor_grads()
 
 
 class _Chunk:
     """The assignments of a tile's tokens to some experts."""
 
-    def __init__(self, experts: slice, where: slice, counts: Tensor, ends: Tensor) -> None:
+    def __init__(self, experts: slice, where: slice, ends: Tensor) -> None:
         self.experts = experts
         self.where = where  # of the sorted assignments
-        self._counts = counts  # of each of these experts, on the device
         self.ends = ends  # int32, where each one's rows end
 
     @functools.cached_property
     def empty(self) -> Tensor:
         """Whether an expert has no assignments, bool [G, 1, 1]."""
-        return (self._counts == 0)[:, None, None]
+        return (self.ends.diff(prepend=self.ends.new_zeros(1)) == 0)[:, None, None]
 
     @functools.cached_property
     def counts(self) -> list[int]:
         """Assignments of each expert. Waits for the card."""
-        found: list[int] = self._counts.tolist()
-        return found
+        return _differences(self.ends.tolist())
 
 
 def _chunks(order: Sorted, at_once: int) -> Iterator[_Chunk]:
     """So many experts at a time, those without tokens left out. Waits for the card unless they are all."""
-    if at_once >= len(order.counts):
-        yield _Chunk(slice(0, len(order.counts)), slice(0, len(order.owner)), order.counts, order.ends)
+    num_experts = len(order.ends)
+    if at_once >= num_experts:
+        yield _Chunk(slice(0, num_experts), slice(0, len(order.owner)), order.ends)
         return
-    counts, start = order.counts.tolist(), 0
-    for first in range(0, len(counts), at_once):
-        experts = slice(first, first + at_once)
-        stop = start + sum(counts[experts])
+    ends, start = order.ends.tolist(), 0
+    for experts in slices(num_experts, at_once):
+        stop = ends[experts.stop - 1]
         if start < stop:
-            yield _Chunk(experts, slice(start, stop), order.counts[experts], order.ends[experts] - start)
+            yield _Chunk(experts, slice(start, stop), order.ends[experts] - start)
         start = stop
+
+
+def _differences(ends: list[int]) -> list[int]:
+    """Of each number and the one before it, which is 0 for the first."""
+    return [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+class _Kept(NamedTuple):
+    """Of a tile of tokens, from forward to backward."""
+
+    order: Sorted
+    inners: list[Tensor]  # gate_up's output of each chunk
 
 
 class _Projection:
@@ -231,14 +242,16 @@ class _Layer:
             None if grad is None else grad.to(factor.dtype) for grad, factor in zip(grads, self.factors, strict=True)
         )
 
-    def forward(
-        self, hidden: Tensor, indices: Tensor, weights: Tensor, out: Tensor, inners: list[Tensor] | None
-    ) -> None:
-        """Writes out float32 [N, D]; adds gate_up's outputs to `inners`."""
+    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor, out: Tensor, kept: list[_Kept] | None) -> None:
+        """Writes out float32 [N, D]; adds what backward has no need to compute again to `kept`."""
         from stages.kernels.triton_experts import combine_kernel
 
         top_k, width = indices.shape[1], out.shape[1]
         order = sort_by_expert(indices, self.gate_up.weight.shape[0])
+        inners: list[Tensor] | None = None
+        if kept is not None:
+            inners = []
+            kept.append(_Kept(order, inners))
         outputs: Tensor | None = None
         for chunk in _chunks(order, self.at_once):
             rows = self._rows(hidden, order, chunk, top_k)
@@ -265,15 +278,18 @@ class _Layer:
         grad: Tensor,
         grad_hidden: Tensor,
         grad_weights: Tensor,
-        inners: list[Tensor] | None,
+        kept: _Kept | None,
     ) -> None:
-        """Writes grad_hidden [N, D] and grad_weights [N, k]; adds to the factors' gradients. gate_up's outputs, if they
-        were kept, are taken from the end of `inners`.
+        """Writes grad_hidden [N, D] and grad_weights [N, k]; adds to the factors' gradients. What was kept is used
+        up.
         """
         from stages.kernels.triton_experts import sum_kernel
 
         num_rows, top_k = indices.shape
-        order = sort_by_expert(indices, self.gate_up.weight.shape[0])
+        order = kept.order if kept else sort_by_expert(indices, self.gate_up.weight.shape[0])
+        inners = kept.inners[::-1] if kept else []
+        if kept:
+            kept.inners.clear()
         grad = grad.to(self.dtype).contiguous()
         routing = weights.reshape(-1)[order.assigned]
         of_routing = torch.empty_like(routing)

@@ -2,9 +2,9 @@
 
 The policy's own modules, block by block (a layer is two: attention and experts), on one line of tokens. The residual
 stream is float32 in every dtype, as in the engine's step. On a card each block keeps only what it was given, rounded to
-the compute dtype (offload.py), and the experts that were chosen; it is computed again in backward, but for the last
-layers, which the plan lets keep what backward needs. Experts in the kernels' order are trained through as they are,
-packed (kernels/trained_experts.py).
+the compute dtype (offload.py), and the experts that were chosen, and is computed again in backward, but for those of
+the last layers that the plan lets keep more. Experts in the kernels' order are trained through as they are, packed
+(kernels/trained_experts.py).
 """
 
 from collections.abc import Callable
@@ -60,6 +60,7 @@ class _Block(NamedTuple):
 
     weight: Tensor  # of the norm, [D]
     run: Callable[[Tensor, _Wanted], Tensor]
+    kept: bool  # whether its graph stays, where blocks are computed again
 
 
 def completion_logprobs(
@@ -134,11 +135,13 @@ def _predicting(
     eps = float(policy.model.config.rms_norm_eps)
     recompute = device.type == "cuda" if recompute is None else recompute
     recompute = recompute and torch.is_grad_enabled()
-    blocks = []
+    blocks, num_layers = [], len(decoder.layers)
     for index, layer in enumerate(decoder.layers):
         chosen = None if replayed is None else replayed[:, index]
-        blocks.append(_attention_block(layer, line))
-        blocks.append(_experts_block(layer, chosen, routes, plan.experts))
+        run = _attention(layer, line)
+        blocks.append(_Block(layer.input_layernorm.weight, run, index >= num_layers - plan.kept_attention))
+        run = _experts(layer, chosen, routes, plan.experts)
+        blocks.append(_Block(layer.post_attention_layernorm.weight, run, index >= num_layers - plan.kept_experts))
 
     def embed() -> Tensor:
         return policy.embed(tensors.ids).float()
@@ -146,7 +149,7 @@ def _predicting(
     if recompute:
         hook = torch.empty(0, device=device, requires_grad=True)
         store = store or LayerStore(device)
-        stream = _Recomputed.apply(hook, embed, blocks, 2 * plan.kept_layers, eps, policy.dtype, store)
+        stream = _Recomputed.apply(hook, embed, blocks, eps, policy.dtype, store)
     else:
         wanted = _Wanted.BOTH if torch.is_grad_enabled() else _Wanted.VALUES
         stream = embed()
@@ -158,22 +161,21 @@ def _predicting(
 
 
 class _Recomputed(torch.autograd.Function):
-    """All blocks, of which each one's input alone is kept, but for the last `kept` blocks, whose graphs stay. Backward
-    takes them one by one and adds the gradients of the adapter to its parameters; none flows to the embedding. `hook`
-    is an empty tensor that wants a gradient, so that there is a backward. The stream's gradient is updated in place.
+    """All blocks, of which each one's input is kept, and the graph of those that say so. Backward takes them one by one
+    and adds the gradients of the adapter to its parameters; none flows to the embedding. `hook` is an empty tensor that
+    wants a gradient, so that there is a backward. The stream's gradient is updated in place.
     """
 
     @staticmethod
-    def forward(ctx, hook, embed, blocks, kept, eps, dtype, store):
+    def forward(ctx, hook, embed, blocks, eps, dtype, store):
         ctx.blocks, ctx.eps, ctx.store = blocks, eps, store
         ctx.kept = []
-        recomputed = len(blocks) - min(kept, len(blocks))
         stream, out = embed(), None
         store.begin(len(blocks), like=stream, dtype=dtype)
         for index, block in enumerate(blocks):
             normed = advance(stream, out, block.weight, store.place(index), eps=eps)
             store.put(index)
-            if index < recomputed:
+            if not block.kept:
                 out = block.run(normed, _Wanted.VALUES)
                 continue
             with torch.enable_grad():
@@ -188,7 +190,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, grad):
         for index, block in reversed(list(enumerate(ctx.blocks))):
             stream = ctx.store.take(index)
-            if ctx.kept:
+            if block.kept:
                 normed, ending = ctx.kept.pop()
                 normed.untyped_storage().resize_(stream.nbytes)
                 write_rms_norm(stream, block.weight, normed, eps=ctx.eps)
@@ -198,7 +200,7 @@ class _Recomputed(torch.autograd.Function):
                     ending = _Ending(block.run(normed, _Wanted.GRAPH))
             ending.backward(grad)
             add_rms_norm_grad(stream, block.weight, normed.grad, grad, eps=ctx.eps)
-        return None, None, None, None, None, None, None
+        return None, None, None, None, None, None
 
 
 class _Ending:
@@ -230,7 +232,7 @@ class _Given(torch.autograd.Function):
         return ctx.given.pop(), None
 
 
-def _attention_block(layer: Any, line: _Line) -> _Block:
+def _attention(layer: Any, line: _Line) -> Callable[[Tensor, _Wanted], Tensor]:
     attention = layer.self_attn
     channels = attention.head_dim
 
@@ -252,10 +254,12 @@ def _attention_block(layer: Any, line: _Line) -> _Block:
         )
         return out
 
-    return _Block(layer.input_layernorm.weight, run)
+    return run
 
 
-def _experts_block(layer: Any, replayed: Tensor | None, routes: list[Tensor] | None, tiling: Tiling) -> _Block:
+def _experts(
+    layer: Any, replayed: Tensor | None, routes: list[Tensor] | None, tiling: Tiling
+) -> Callable[[Tensor, _Wanted], Tensor]:
     """replayed: the experts int64 [T, k] to take."""
     router, experts = layer.mlp.router, layer.mlp.experts
     remembered: list[Tensor] = []  # the experts of a first pass, for its second
@@ -281,4 +285,4 @@ def _experts_block(layer: Any, replayed: Tensor | None, routes: list[Tensor] | N
         )
         return out
 
-    return _Block(layer.post_attention_layernorm.weight, run)
+    return run

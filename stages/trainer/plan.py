@@ -3,7 +3,8 @@
 What a pass takes beside what is held (weights, adapter, optimizer, what the engine left) is worked out from the shapes:
 the residual stream and its gradient, and the largest of what attention, experts and the vocabulary need while they run.
 Nothing of it grows faster than the pack. Of what is left over, the last layers may keep what backward needs, which
-saves computing it again. Compared with what the card takes in tests/bench/results.
+saves computing it again: of attention first, whose gigabyte saves the most time. Compared with what the card takes in
+tests/bench/results.
 """
 
 from typing import NamedTuple
@@ -27,7 +28,8 @@ class Plan(NamedTuple):
 
     experts: Tiling
     vocabulary: Tile
-    kept_layers: int = 0  # the last ones, of which all that backward needs stays on the card
+    kept_attention: int = 0  # of so many layers, the last ones, what backward needs stays on the card
+    kept_experts: int = 0
 
 
 # The first that fits is taken, the fastest first.
@@ -53,7 +55,8 @@ class Sizes(NamedTuple):
     inner: int  # F, of an expert
     experts: int
     top_k: int
-    layers: int  # that can keep their graph: where autograd trains the experts it takes three times as much
+    layers: int
+    keepable: int  # layers whose experts may keep their graph: where autograd trains them it takes three times as much
     held: int  # weights on the card, adapter, its gradients and the optimizer's state, and what else is there
     number: int  # of the compute dtype
 
@@ -68,7 +71,8 @@ class Sizes(NamedTuple):
             inner=config.intermediate_size,
             experts=config.num_local_experts,
             top_k=config.num_experts_per_tok,
-            layers=sum(layer.mlp.experts.trained_by_kernels for layer in policy.model.model.layers),
+            layers=config.num_hidden_layers,
+            keepable=sum(layer.mlp.experts.trained_by_kernels for layer in policy.model.model.layers),
             held=held,
             number=policy.dtype.itemsize,
         )
@@ -94,16 +98,19 @@ def needed_bytes(sizes: Sizes, tokens: int, plan: Plan) -> int:
     tile = plan.vocabulary
     vocabulary = min(tile.rows, tokens) * (tile.columns * (4 + number) + 3 * 4 * width)
     vocabulary += tokens * width * (8 + 2 * number)
-    kept = plan.kept_layers * tokens * kept_layer_bytes(sizes)
+    kept = plan.kept_attention * kept_attention_bytes(sizes) + plan.kept_experts * kept_experts_bytes(sizes)
+    kept *= tokens
     return sizes.held + int(FRAGMENTS * (max(stream + max(attention, experts), vocabulary) + kept) + RESERVE)
 
 
-def kept_layer_bytes(sizes: Sizes) -> int:
-    """What a layer keeps of one token: queries, keys, values and attention's output; gate_up's output of each chosen
-    expert.
-    """
-    numbers = 2 * sizes.heads_width + 2 * sizes.keys_width + 2 * sizes.top_k * sizes.inner
-    return numbers * sizes.number + 4 * sizes.heads
+def kept_attention_bytes(sizes: Sizes) -> int:
+    """What a layer keeps of one token: queries, keys, values and attention's output."""
+    return (2 * sizes.heads_width + 2 * sizes.keys_width) * sizes.number + 4 * sizes.heads
+
+
+def kept_experts_bytes(sizes: Sizes) -> int:
+    """What a layer keeps of one token: gate_up's output of each chosen expert."""
+    return 2 * sizes.top_k * sizes.inner * sizes.number
 
 
 def held_bytes(policy: Policy, update: UpdateConfig, optimizer: torch.optim.Optimizer) -> int:
@@ -131,8 +138,11 @@ def choose_plan(sizes: Sizes, tokens: int, budget_bytes: float, *, optimizer: st
     for plan in PLANS:
         left = budget_bytes - needed_bytes(sizes, tokens, plan)
         if left >= 0:
-            kept = int(KEPT_SHARE * left / (FRAGMENTS * tokens * kept_layer_bytes(sizes)))
-            return plan._replace(kept_layers=min(kept, sizes.layers))
+            room = KEPT_SHARE * left / (FRAGMENTS * tokens)  # bytes a token
+            attention = min(int(room / kept_attention_bytes(sizes)), sizes.layers)
+            room -= attention * kept_attention_bytes(sizes)
+            experts = min(int(room / kept_experts_bytes(sizes)), sizes.keepable)
+            return plan._replace(kept_attention=attention, kept_experts=experts)
     least = needed_bytes(sizes, tokens, PLANS[-1])
     fitting = longest_fitting(sizes, budget_bytes)
     hints = []
