@@ -364,9 +364,17 @@ def test_targets_are_measured_one_after_the_other() -> None:
     assert attention["weight_bytes"] == both["weight_bytes"]
 
 
+def test_without_repeats_the_first_step_is_what_is_measured() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    rows = update.measure(update.Options(setting=EXACT, tokens=(16,), repeats=0), head={}).body["rows"]
+    assert [len(row["ms_of_repeats"]) for row in rows] == [1, 1]
+    assert all(row["ms"] <= 1e3 * row["first_s"] for row in rows)
+
+
 def test_wrong_words_are_told_before_anything_is_measured() -> None:
     for words, said in (
-        (["--repeats", "0"], "--repeats is 0"),
+        (["--repeats", "-1"], "--repeats is -1"),
         (["--pack-tokens", "-1"], "--pack-tokens is -1"),
         (["--memory-cap", "-1"], "--memory-cap is -1"),
         (["--tokens", "4k"], "no number of tokens"),

@@ -47,6 +47,7 @@ class Options:
     cap_bytes: float = 0.0
     # that our rows may reserve on the card; 0 is all of it
     repeats: int = 5
+    # after a warm-up; 0 measures the first and only step
     peers: tuple[str, ...] = ()
     longest: bool = False
     iterations: tuple[IterationCase, ...] = ()
@@ -156,7 +157,7 @@ def measure_layout(training: Training, setting: Setting, layout: Layout, options
     with memory.watched():
         started = time.perf_counter()
         training.step(packs, watch, on_policy=True)  # compiles, and makes the optimizer's state
-        watch.milliseconds()
+        alone = watch.milliseconds()
         first = time.perf_counter() - started
         started = time.perf_counter()
         while len(parts) < options.repeats and (not parts or time.perf_counter() - started < SECONDS_PER_ROW):
@@ -164,7 +165,7 @@ def measure_layout(training: Training, setting: Setting, layout: Layout, options
             parts.append(watch.milliseconds())
         held = memory.details()
     kernels = profiled(training, packs[0]) if options.profile and policy.device.type == "cuda" else {}
-    return row_of(setting.shape, layout, parts) | {
+    return row_of(setting.shape, layout, parts or [alone]) | {
         "completion_tokens": layout.trained_tokens,
         "packs": len(packs),
         "experts_at_once": training.plan(max(pack.num_tokens for pack in packs)).experts.experts,

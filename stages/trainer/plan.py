@@ -19,7 +19,7 @@ from stages.trainer.optimizer import moments_to_come
 
 RESERVE = 0.3e9  # what graphs keep for their next run and pages that are held for a little
 FRAGMENTS = 1.05  # of what a pass holds, what the allocator needs
-KEPT_SHARE = 0.5  # of what is left over, what layers may keep
+KEPT_SHARE = 0.45  # of what is left over, what layers may keep: the rest is for others, and what the sum leaves out
 GB = 1e9
 
 

@@ -31,7 +31,7 @@ JOBS = {
     "iteration-15gb": f"{ITERATION} --memory-cap 15e9 --iteration 1x8x128,1x8x1024 --pack-tokens 4352",
     "iteration-16gb": f"{ITERATION} --memory-cap 16e9 --iteration 1x8x4096 --pack-tokens 4608",
     "iteration-nf4": f"{ITERATION} --dense nf4 --memory-cap 13.5e9 --iteration 1x8x128,1x8x1024 --pack-tokens 4352",
-    "attention": f"{UPDATE} --tokens 4096 --targets attention,attention+experts --memory-cap 24e9",
+    "attention": f"{UPDATE} --tokens 4096 --targets attention,attention+experts --memory-cap 24e9 --repeats 9",
     "agreement": f"{ITERATION} --agreement --scaled-init",
     "update-120b-attention": f"{LARGE_UPDATE} --targets attention --memory-cap 80e9 --repeats 3",
     "update-120b-experts": f"{LARGE_UPDATE} --lora 32 --memory-cap 90e9 --repeats 3",
