@@ -22,7 +22,7 @@ import numpy as np
 from stages.artifacts import StageContext, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import write_parts, write_table
-from stages.engine import Completion, Request, SamplingParams, live_engine
+from stages.engine import Completion, Request, live_engine, sampling_of
 from stages.model.policy import live_policy
 from stages.sandbox import Outcome
 from stages.tasks import judging, registry, tables
@@ -69,12 +69,7 @@ def sample(context: StageContext, task: Task, updates: int) -> dict[str, str]:
     prompt_ids = policy.render(prompt.messages)
     requests = []
     for number in range(total):
-        sampling = SamplingParams(
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            stop_token_ids=policy.stop_token_ids,
-            seed=derive("evaluate", config.train.seed, number),
-        )
+        sampling = sampling_of(config, policy, seed=derive("evaluate", config.train.seed, number))
         name = f"e{updates:05d}-{number:04d}"
         if name not in texts:
             requests.append(Request(completion_id=name, prompt_ids=prompt_ids, sampling=sampling))

@@ -27,7 +27,7 @@ from stages.artifacts import StageContext, StageId, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import SUMMARY, read_table
 from stages.config import UpdateConfig, UserError
-from stages.engine import Completion, Engine, Request, SamplingParams, engine_of, live_engine
+from stages.engine import Completion, Engine, Request, engine_of, live_engine, sampling_of
 from stages.model import lora
 from stages.model.checkpoint import Checkpoint, locate
 from stages.model.excerpt import excerpt, layers_in_memory
@@ -176,12 +176,7 @@ def sample(engine: Engine, context: StageContext, *, count: int, prefix: str) ->
         Request(
             completion_id=f"{prefix}-{number:04d}",
             prompt_ids=prompt_ids,
-            sampling=SamplingParams(
-                max_new_tokens=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature,
-                stop_token_ids=policy.stop_token_ids,
-                seed=derive("evaluate", config.train.seed, number),
-            ),
+            sampling=sampling_of(config, policy, seed=derive("evaluate", config.train.seed, number)),
         )
         for number in range(count)
     ]

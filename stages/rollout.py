@@ -16,7 +16,7 @@ from typing import Any
 from stages.artifacts import StageContext, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import ROLLOUTS, write_parts
-from stages.engine import Completion, Request, SamplingParams, live_engine
+from stages.engine import Completion, Request, live_engine, sampling_of
 from stages.model.policy import live_policy
 from stages.tasks import registry
 from stages.tasks.early import early_judging
@@ -35,12 +35,7 @@ def run(context: StageContext) -> None:
         prompt_ids = policy.render(prompt.messages)
         for sample in range(config.rollout.group_size):
             completion_id = f"{iteration:05d}-{group:03d}-{sample:03d}"
-            sampling = SamplingParams(
-                max_new_tokens=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature,
-                stop_token_ids=policy.stop_token_ids,
-                seed=derive("sample", config.train.seed, completion_id),
-            )
+            sampling = sampling_of(config, policy, seed=derive("sample", config.train.seed, completion_id))
             requests.append(Request(completion_id=completion_id, prompt_ids=prompt_ids, sampling=sampling))
             rows[completion_id] = {
                 "completion_id": completion_id,

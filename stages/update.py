@@ -12,7 +12,7 @@ the policy is computed with the experts that the engine chose, the reference wit
 import logging
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,20 +79,12 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
     shape = policy.model.config
     samples, silent_ids, silent_groups = read_samples(context, iteration, top_k=shape.num_experts_per_tok)
     left_out = silent_ids if LOSSES[update.loss].drops_silent_groups else set()
+    batches = packed_batches(samples, left_out, update, seed=derive("deal", config.train.seed, iteration))
     optimizer, scaler = make_optimizer(policy, update), make_scaler(policy)
     step = 0
     if iteration > 0:
         step = restore_optimizer(context.input(StageId("update", iteration - 1)), policy, optimizer, scaler)
     store: LayerStore = context.session.get("layer store", lambda: LayerStore(policy.device))
-    last = {i for i, sample in enumerate(samples) if sample.completion_id in left_out}
-    batches = [
-        [
-            pack
-            for part in ([i for i in order if i not in last], [i for i in order if i in last])
-            for pack in deal_packs([samples[i] for i in sorted(part)], update.pack_tokens)
-        ]
-        for order in deal(len(samples), update.steps, seed=derive("deal", config.train.seed, iteration), last=last)
-    ]
     longest = max(pack.num_tokens for batch in batches for pack in batch)
     plan = plan_update(policy, longest, update=update, optimizer=optimizer)
     options: dict[str, Any] = {"temperature": config.rollout.temperature, "plan": plan}
@@ -118,9 +110,8 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
     context.timings.append({"what": "score", "seconds": time.perf_counter() - started})
 
     started = time.perf_counter()
-    policy.version = (
-        -1
-    )  # neither this version nor the next until all is done: a retry in this process reads it back from disk
+    # Neither this version nor the next until all is done: a retry in this process reads it back from disk.
+    policy.version = -1
     rows: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         rate = learning_rate_at(
@@ -129,12 +120,7 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        # What is told of the step is read when all of it has been asked of the card.
-        losses: list[Unread[LossMetrics]] = []
-        agreements: list[Unread[Agreement]] = []
-        entropies: list[Tensor] = []
-        rerouted: list[Tensor] = []
-        routed = 0
+        figures = StepFigures(shape.num_hidden_layers)
         learned = [s for pack in batch for s in pack.samples if s.completion_id not in left_out]
         totals = StepTotals(
             num_completions=len(learned),
@@ -159,18 +145,14 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
                 )
                 loss, metrics = policy_loss(now.logprobs, inputs, totals, update)
                 scaler.scale(loss).backward()
-                losses.append(metrics)
+                figures.losses.append(metrics)
             old[index][place] = before
-            agreements.append(Agreement.of(before.logprobs, engine))
-            entropies.append(before.entropy.sum())
-            if before.differing is not None:
-                rerouted.append(before.differing)
-                routed += pack.num_tokens * shape.num_hidden_layers
+            figures.add(pack, before, engine)
         parameters = [parameter for _, parameter in policy.parameters()]
-        if losses:
+        if figures.losses:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm)
-        if losses:
+        if figures.losses:
             scaler.step(optimizer)
             scaler.update()
         grad_norm = float(norm)  # waits for the card, so it comes last; nothing is saved of a step that went wrong
@@ -179,27 +161,20 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
                 f"the gradient of iteration {iteration}, step {index} is not finite",
                 "lower update.learning_rate, or use model.dtype=float32 or bfloat16; the last good checkpoint is kept",
             )
-        total = sum((each.read() for each in losses), LossMetrics())
-        agreement = sum((each.read() for each in agreements), Agreement())
-        entropy = sum(map(float, entropies)) / agreement.tokens
-        means = total.means()
+        told = figures.read()
         rows.append(
             {
                 "iteration": iteration,
                 "step": step,
                 "learning_rate": rate,
-                **means,
-                "kl": means["kl"] if update.kl else None,  # not measured without a reference
-                **agreement.means(),
-                "routes_differ": sum(map(int, rerouted)) / routed if routed else None,
-                "entropy": entropy,
+                **told,
+                "kl": told["kl"] if update.kl else None,  # not measured without a reference
                 "grad_norm": grad_norm,
                 "zero_signal_groups": silent_groups,
-                "tokens": total.tokens,
             }
         )
         step += 1
-        context.progress(index + 1, len(batches), "steps", entropy=round(entropy, 3), grad=round(grad_norm, 3))
+        context.progress(index + 1, len(batches), "steps", entropy=round(told["entropy"], 3), grad=round(grad_norm, 3))
     warn_of_disagreement(iteration, max(row["engine_kl"] for row in rows), update)
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
@@ -211,6 +186,38 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
     save_optimizer(context.out, policy, optimizer, step, scaler)
     write_parts(context.out, "metrics", rows, METRICS)
     write_parts(context.out, "samples", sample_rows(batches, old, reference, update, left_out), SAMPLES)
+
+
+class StepFigures:
+    """What is told of one optimizer step. It lies on the card until all of the step has been asked of it."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.losses: list[Unread[LossMetrics]] = []
+        self._num_layers = num_layers
+        self._agreements: list[Unread[Agreement]] = []
+        self._entropies: list[Tensor] = []
+        self._differing: list[Tensor] = []
+        self._routed = 0  # (token, layer) pairs
+
+    def add(self, pack: Pack, scored: Scored, engine_logprobs: Tensor) -> None:
+        """A pack as the policy scored it before the iteration's first step."""
+        self._agreements.append(Agreement.of(scored.logprobs, engine_logprobs))
+        self._entropies.append(scored.entropy.sum())
+        if scored.differing is not None:
+            self._differing.append(scored.differing)
+            self._routed += pack.num_tokens * self._num_layers
+
+    def read(self) -> dict[str, Any]:
+        """Columns of a row of metrics. Waits for the card."""
+        total = sum((each.read() for each in self.losses), LossMetrics())
+        agreement = sum((each.read() for each in self._agreements), Agreement())
+        return {
+            **total.means(),
+            **agreement.means(),
+            "tokens": total.tokens,
+            "entropy": sum(map(float, self._entropies)) / agreement.tokens,
+            "routes_differ": sum(map(int, self._differing)) / self._routed if self._routed else None,
+        }
 
 
 class Read(NamedTuple):
@@ -274,6 +281,21 @@ def differing(pack: Pack, own: list[Tensor]) -> Tensor:
     assert recorded is not None
     counts = [other_experts(chosen, recorded[:, layer]).sum() for layer, chosen in enumerate(own)]
     return torch.stack(counts).sum()
+
+
+def packed_batches(
+    samples: Sequence[Sample], left_out: Collection[str], update: UpdateConfig, *, seed: int
+) -> list[list[Pack]]:
+    """The packs of each optimizer step; completions that are `left_out` share none with those that are learned from."""
+    last = {index for index, sample in enumerate(samples) if sample.completion_id in left_out}
+    return [
+        [
+            pack
+            for part in ([i for i in order if i not in last], [i for i in order if i in last])
+            for pack in deal_packs([samples[i] for i in sorted(part)], update.pack_tokens)
+        ]
+        for order in deal(len(samples), update.steps, seed=seed, last=last)
+    ]
 
 
 def deal(count: int, steps: int, *, seed: int, last: Collection[int] = ()) -> list[list[int]]:

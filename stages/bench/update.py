@@ -165,10 +165,13 @@ def measure_layout(training: Training, setting: Setting, layout: Layout, options
             parts.append(watch.milliseconds())
         held = memory.details()
     kernels = profiled(training, packs[0]) if options.profile and policy.device.type == "cuda" else {}
+    plan = training.plan(max(pack.num_tokens for pack in packs))
     return row_of(setting.shape, layout, parts or [alone]) | {
         "completion_tokens": layout.trained_tokens,
         "packs": len(packs),
-        "experts_at_once": training.plan(max(pack.num_tokens for pack in packs)).experts.experts,
+        "experts_at_once": plan.experts.experts,
+        "kept_attention": plan.kept_attention,
+        "kept_experts": plan.kept_experts,
         "first_s": first,
         **held,
         **kernels,

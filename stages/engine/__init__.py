@@ -9,7 +9,7 @@ Pages (who owns which page; no torch), PagedCache, Graphs (the captured steps), 
 stages/kernels.
 """
 
-from stages.engine.engine import Engine, engine_of, live_engine
+from stages.engine.engine import Engine, engine_of, live_engine, sampling_of
 from stages.engine.sequence import Completion, Request, SamplingParams
 
-__all__ = ["Completion", "Engine", "Request", "SamplingParams", "engine_of", "live_engine"]
+__all__ = ["Completion", "Engine", "Request", "SamplingParams", "engine_of", "live_engine", "sampling_of"]

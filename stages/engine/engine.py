@@ -220,3 +220,13 @@ def engine_of(config: RunConfig, policy: Policy) -> Engine:
         cache_bytes=config.rollout.cache_bytes,
         record_routes=config.update.replay_routes,
     )
+
+
+def sampling_of(config: RunConfig, policy: Policy, *, seed: int) -> SamplingParams:
+    """How that policy's completions are sampled, as the configuration's rollout section has it."""
+    return SamplingParams(
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        stop_token_ids=policy.stop_token_ids,
+        seed=seed,
+    )
