@@ -30,7 +30,11 @@ CALM_PERCENT, CALM_WITHIN_S = 25, 60
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before a test that measures time: waits for what others left to write and to end, a minute at most."""
+    """Skips what wants a card where there is none. Before a test that measures time: waits for what others left to
+    write and to end, a minute at most.
+    """
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA card")
     if item.get_closest_marker("timed"):
         import psutil
 

@@ -81,7 +81,6 @@ def test_what_the_host_cannot_hold_is_checked_in_part_and_what_the_card_cannot_i
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 @pytest.mark.parametrize("dense", ["full", "nf4"])
 def test_on_the_card_the_export_is_judged_in_the_live_policys_place(
     dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

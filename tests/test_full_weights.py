@@ -205,7 +205,6 @@ def test_the_gpu_engines_step_reads_what_was_moved_since_it_was_made(dtype: torc
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA card")
 def test_captured_graphs_sample_from_what_was_moved_since(random_checkpoint: Path) -> None:
     policy = make_policy(random_checkpoint, dtype=torch.bfloat16, device=DEVICE)
     requests = [

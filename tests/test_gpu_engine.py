@@ -21,7 +21,7 @@ from stages.model.synthetic import randomise_lora, synthetic_policy
 from stages.tasks import registry
 from tests.eager_twin import eager_twin
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 WIDE = SHAPES["gpt-oss-20b"].with_layers(4)
 MANY = SHAPES["gpt-oss-120b"].with_layers(2)

@@ -29,9 +29,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA card")
-
-
 class Shape(NamedTuple):
     heads: int = 8
     kv_heads: int = 2
@@ -315,7 +312,6 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("positions", "ring", "splits"),
@@ -335,7 +331,6 @@ def test_true_shapes_on_the_card(positions: list[int], ring: bool, splits: int, 
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_captured_step_follows_the_positions() -> None:
     case = make_case([300, 40, 2000], shape=Shape(64, 8, 64, 128, 16), ring=False, dtype=torch.bfloat16, device="cuda")
     workspace = workspace_of(case)
@@ -355,7 +350,6 @@ def test_a_captured_step_follows_the_positions() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_on_the_card_a_row_has_the_same_bits_in_any_company(ring: bool, dtype: torch.dtype) -> None:

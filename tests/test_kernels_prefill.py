@@ -17,7 +17,6 @@ DOCS = (
     PackedDocs((1,), past=600),
     PackedDocs((256,), past=512),
 )
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
 
 def visible(docs: PackedDocs, window: int | None) -> Tensor:
@@ -145,7 +144,6 @@ def test_prompts_that_do_not_fit_are_named(docs: PackedDocs, message: str) -> No
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_on_the_card_one_compilation_serves_every_length() -> None:
     torch._dynamo.reset()
     lengths = [(700,), (1,), (64, 64, 64), (127, 128, 129, 130), (512,) * 8, (3000, 1500), (5000,)]
@@ -162,7 +160,6 @@ def test_on_the_card_one_compilation_serves_every_length() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("window", [None, 128])
 def test_on_the_card_a_prompt_has_the_same_bits_alone_and_packed(window: int | None) -> None:
     docs = PackedDocs((127, 1, 700, 512, 129, 64, 2000))
@@ -179,7 +176,6 @@ def test_on_the_card_a_prompt_has_the_same_bits_alone_and_packed(window: int | N
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_on_the_card_chunks_of_whole_blocks_give_the_bits_of_the_whole() -> None:
     docs = PackedDocs((2000,))
     query, key, value, sinks = draw(docs, 64, 8, 64, torch.bfloat16, "cuda")

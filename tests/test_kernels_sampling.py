@@ -24,7 +24,6 @@ from stages.kernels.sampling import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA card")
 PATHS = {"plain": sample_plain, "triton": sample_triton}
 
 
@@ -192,7 +191,6 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_hundred_thousand_draws_on_the_card_follow_the_distribution() -> None:
     """Chi-square over the 200 likeliest tokens and the rest: its 99.999 % quantile at 200 degrees is 300."""
     vocabulary, rows, repeats = 201_088, 250, 400
@@ -212,7 +210,6 @@ def test_a_hundred_thousand_draws_on_the_card_follow_the_distribution() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_kernels_and_plain_path_agree_on_the_card_at_full_size() -> None:
     logits = (torch.randn(256, 201_088, device="cuda") * 3).bfloat16()
     plain, triton = running_state(256), running_state(256)

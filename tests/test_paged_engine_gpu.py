@@ -24,10 +24,7 @@ from tests.remembering_step import (
 )
 from tests.test_engine import prompt_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from stages.trainer import Pack, Sample, completion_logprobs, deal_packs
 from stages.trainer.plan import PLANS
 from tests.test_engine import BUNDLED, make_policy, merged_eager, prompt_of
 
-NEEDS_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 LENGTHS = ((130, (3, 140, 1)), (4, (20, 160)), (2, (9,)))  # prompts past the window, and completions of one token
 
 
@@ -116,7 +115,7 @@ def test_packed_equals_unpacked_and_a_shared_prompt_equals_its_copies(policy: Po
             assert cosine > 0.999999, name
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CARD])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_in_bfloat16_packed_is_unpacked_but_for_rounding(device: str) -> None:
     """Of what the model samples itself: tokens that it finds absurd differ by more where sums have another order."""
     _, samples = sampled(max_new_tokens=90)

@@ -65,7 +65,6 @@ def test_a_length_that_cannot_fit_is_refused_with_one_that_can() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_what_else_lies_on_the_card_counts() -> None:
     policy = synthetic_policy(SHAPES["tiny"], lora_rank=4, dtype=torch.bfloat16, device="cuda", seed=1)
     update = UpdateConfig()
