@@ -131,6 +131,7 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
             engine = pack.engine_logprobs(policy.device)
             silent = all(sample.completion_id in left_out for sample in pack.samples)
             # Where nothing is to be learned no gradient comes of it.
+            metrics = None
             if silent or (not update.kl and all(sample.advantage == 0 for sample in pack.samples)):
                 before = old[index][place] or score(pack)
             else:
@@ -145,14 +146,13 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
                 )
                 loss, metrics = policy_loss(now.logprobs, inputs, totals, update)
                 scaler.scale(loss).backward()
-                figures.losses.append(metrics)
             old[index][place] = before
-            figures.add(pack, before, engine)
+            figures.add(pack, before, engine, metrics)
         parameters = [parameter for _, parameter in policy.parameters()]
-        if figures.losses:
+        if figures.learned:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, update.max_grad_norm)
-        if figures.losses:
+        if figures.learned:
             scaler.step(optimizer)
             scaler.update()
         grad_norm = float(norm)  # waits for the card, so it comes last; nothing is saved of a step that went wrong
@@ -192,15 +192,22 @@ class StepFigures:
     """What is told of one optimizer step. It lies on the card until all of the step has been asked of it."""
 
     def __init__(self, num_layers: int) -> None:
-        self.losses: list[Unread[LossMetrics]] = []
+        self._losses: list[Unread[LossMetrics]] = []
         self._num_layers = num_layers
         self._agreements: list[Unread[Agreement]] = []
         self._entropies: list[Tensor] = []
         self._differing: list[Tensor] = []
         self._routed = 0  # (token, layer) pairs
 
-    def add(self, pack: Pack, scored: Scored, engine_logprobs: Tensor) -> None:
-        """A pack as the policy scored it before the iteration's first step."""
+    @property
+    def learned(self) -> bool:
+        """Whether a pack had a loss, so that there is a gradient."""
+        return bool(self._losses)
+
+    def add(self, pack: Pack, scored: Scored, engine_logprobs: Tensor, loss: Unread[LossMetrics] | None) -> None:
+        """A pack as the policy scored it before the iteration's first step, and its loss where it has one."""
+        if loss is not None:
+            self._losses.append(loss)
         self._agreements.append(Agreement.of(scored.logprobs, engine_logprobs))
         self._entropies.append(scored.entropy.sum())
         if scored.differing is not None:
@@ -209,7 +216,7 @@ class StepFigures:
 
     def read(self) -> dict[str, Any]:
         """Columns of a row of metrics. Waits for the card."""
-        total = sum((each.read() for each in self.losses), LossMetrics())
+        total = sum((each.read() for each in self._losses), LossMetrics())
         agreement = sum((each.read() for each in self._agreements), Agreement())
         return {
             **total.means(),

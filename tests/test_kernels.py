@@ -19,6 +19,12 @@ from stages.model.mxfp4 import dequantize, quantize
 F64 = torch.float64
 
 
+def by_triton_and(plain: str) -> pytest.MarkDecorator:
+    """The test by path `plain` and, where its interpreter runs, by Triton's."""
+    triton = pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))
+    return pytest.mark.parametrize("path", [plain, triton])
+
+
 def attention_inputs(batch: int, queries: int, keys: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(queries * 1000 + keys)
 
@@ -145,10 +151,7 @@ def test_the_clamp_and_the_interleaving_are_gpt_oss_s() -> None:
     torch.testing.assert_close(reference.swiglu(gate_up, alpha=1.702, limit=7.0), expected, rtol=1e-4, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
-)
+@by_triton_and("auto")
 def test_the_trainers_norm_and_its_gradient_equal_float64(path: Literal["auto", "triton"]) -> None:
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 5, 24, generator=generator)
@@ -166,10 +169,7 @@ def test_the_trainers_norm_and_its_gradient_equal_float64(path: Literal["auto", 
     torch.testing.assert_close(total, mine + 1)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
-)
+@by_triton_and("auto")
 def test_a_block_s_output_is_added_rounded_and_normed_at_once(path: Literal["auto", "triton"]) -> None:
     generator = torch.Generator().manual_seed(0)
     before, delta = torch.randn(2, 5, 24, generator=generator)
@@ -185,10 +185,7 @@ def test_a_block_s_output_is_added_rounded_and_normed_at_once(path: Literal["aut
         torch.testing.assert_close(normed.to(F64), right, atol=1e-6, rtol=2**-10)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["auto", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
-)
+@by_triton_and("auto")
 def test_queries_and_keys_are_turned_as_complex_numbers_and_their_gradients_back(
     path: Literal["auto", "triton"],
 ) -> None:
@@ -210,10 +207,7 @@ def test_queries_and_keys_are_turned_as_complex_numbers_and_their_gradients_back
         torch.testing.assert_close(of_each.to(F64), turned(grad, -1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["plain", pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs the interpreter"))],
-)
+@by_triton_and("plain")
 def test_token_logprobs_and_their_gradient_equal_the_whole_matrix(path: Literal["plain", "triton"]) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(50, 16, generator=generator).requires_grad_()

@@ -157,7 +157,7 @@ def measure_layout(training: Training, setting: Setting, layout: Layout, options
     with memory.watched():
         started = time.perf_counter()
         training.step(packs, watch, on_policy=True)  # compiles, and makes the optimizer's state
-        alone = watch.milliseconds()
+        warm_up = watch.milliseconds()
         first = time.perf_counter() - started
         started = time.perf_counter()
         while len(parts) < options.repeats and (not parts or time.perf_counter() - started < SECONDS_PER_ROW):
@@ -166,7 +166,7 @@ def measure_layout(training: Training, setting: Setting, layout: Layout, options
         held = memory.details()
     kernels = profiled(training, packs[0]) if options.profile and policy.device.type == "cuda" else {}
     plan = training.plan(max(pack.num_tokens for pack in packs))
-    return row_of(setting.shape, layout, parts or [alone]) | {
+    return row_of(setting.shape, layout, parts or [warm_up]) | {
         "completion_tokens": layout.trained_tokens,
         "packs": len(packs),
         "experts_at_once": plan.experts.experts,

@@ -1,10 +1,12 @@
 """How this project's kernels are launched, and how what is too much at once is cut."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Path = Literal["auto", "triton"]  # Triton on a card and plain PyTorch on a CPU; Triton anywhere, by its interpreter
 
 
 def interpreted() -> bool:

@@ -5,13 +5,11 @@ rounded once as transformers' GptOssRMSNorm does; `rms_norm` and its backward ar
 package's docstring.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.kernels.launch import applied, launch_options, power_of_two
+from stages.kernels.launch import Path, applied, launch_options, power_of_two
 
 
 def embed(embedding: Tensor, tokens: Tensor) -> Tensor:
@@ -90,9 +88,6 @@ def combine_norm(
         TOPK=routing.shape[1], PARTS=partials.shape[0], **launch_options(out, warps=8),
     )  # fmt: skip
     return out
-
-
-Path = Literal["auto", "triton"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, dtype: torch.dtype, eps: float, path: Path = "auto") -> Tensor:

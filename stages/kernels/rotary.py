@@ -1,13 +1,9 @@
 """RoPE of queries and keys for training, half against half of the channels (Su et al. 2021; transformers' gpt-oss)."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from stages.kernels.launch import applied, power_of_two
-
-Path = Literal["auto", "triton"]
+from stages.kernels.launch import Path, applied, power_of_two
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, path: Path = "auto") -> tuple[Tensor, Tensor]:

@@ -93,13 +93,13 @@ class _TrainedExperts(torch.autograd.Function):
     def forward(ctx, hidden, indices, weights, frozen, scales, tiling, only_backward, keep, *factors):
         ctx.save_for_backward(hidden, indices, weights, *factors)
         ctx.frozen, ctx.scales, ctx.tiling = frozen, scales, tiling
-        ctx.kept = [] if keep else None
+        ctx.kept = []
         out = torch.empty((), dtype=torch.float32, device=hidden.device).expand(hidden.shape)
         if not only_backward:
             out = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
             layer = _Layer(frozen, scales, factors, hidden.dtype, tiling.experts)
             for rows in slices(hidden.shape[0], tiling.rows):
-                layer.forward(hidden[rows], indices[rows], weights[rows], out[rows], ctx.kept)
+                layer.forward(hidden[rows], indices[rows], weights[rows], out[rows], ctx.kept if keep else None)
         return out
 
     @staticmethod
@@ -107,11 +107,9 @@ class _TrainedExperts(torch.autograd.Function):
         hidden, indices, weights, *factors = ctx.saved_tensors
         layer = _Layer(ctx.frozen, ctx.scales, tuple(factors), hidden.dtype, ctx.tiling.experts)
         grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(weights)
-        if ctx.kept is not None:
-            ctx.kept.reverse()
         for rows in slices(hidden.shape[0], ctx.tiling.rows):
             given = hidden[rows], indices[rows], weights[rows], grad[rows]
-            kept = ctx.kept.pop() if ctx.kept else None
+            kept = ctx.kept.pop(0) if ctx.kept else None
             layer.backward(*given, grad_hidden[rows], grad_weights[rows], kept)
         return grad_hidden, None, grad_weights, None, None, None, None, None, *layer.factor_grads()
 
@@ -127,12 +125,16 @@ class _Chunk:
     @functools.cached_property
     def empty(self) -> Tensor:
         """Whether an expert has no assignments, bool [G, 1, 1]."""
-        return (self.ends.diff(prepend=self.ends.new_zeros(1)) == 0)[:, None, None]
+        return (self._lengths() == 0)[:, None, None]
 
     @functools.cached_property
     def counts(self) -> list[int]:
         """Assignments of each expert. Waits for the card."""
-        return _differences(self.ends.tolist())
+        found: list[int] = self._lengths().tolist()
+        return found
+
+    def _lengths(self) -> Tensor:
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
 
 
 def _chunks(order: Sorted, at_once: int) -> Iterator[_Chunk]:
@@ -147,11 +149,6 @@ def _chunks(order: Sorted, at_once: int) -> Iterator[_Chunk]:
         if start < stop:
             yield _Chunk(experts, slice(start, stop), order.ends[experts] - start)
         start = stop
-
-
-def _differences(ends: list[int]) -> list[int]:
-    """Of each number and the one before it, which is 0 for the first."""
-    return [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 class _Kept(NamedTuple):
@@ -248,18 +245,16 @@ class _Layer:
 
         top_k, width = indices.shape[1], out.shape[1]
         order = sort_by_expert(indices, self.gate_up.weight.shape[0])
-        inners: list[Tensor] | None = None
         if kept is not None:
-            inners = []
-            kept.append(_Kept(order, inners))
+            kept.append(_Kept(order, []))
         outputs: Tensor | None = None
         for chunk in _chunks(order, self.at_once):
             rows = self._rows(hidden, order, chunk, top_k)
             inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
             del rows
             activations = self._swiglu(inner, order, chunk)
-            if inners is not None:
-                inners.append(inner)
+            if kept is not None:
+                kept[-1].inners.append(inner)
             del inner
             part = _grouped(activations, self.down.matrices(chunk.experts), chunk)
             del activations
@@ -287,9 +282,6 @@ class _Layer:
 
         num_rows, top_k = indices.shape
         order = kept.order if kept else sort_by_expert(indices, self.gate_up.weight.shape[0])
-        inners = kept.inners[::-1] if kept else []
-        if kept:
-            kept.inners.clear()
         grad = grad.to(self.dtype).contiguous()
         routing = weights.reshape(-1)[order.assigned]
         of_routing = torch.empty_like(routing)
@@ -302,7 +294,7 @@ class _Layer:
             through = self._through_first_factors(self.down, of_second, chunk)
             rows = self._rows(hidden, order, chunk, top_k)
             matrices = self.gate_up.matrices(chunk.experts)
-            inner = inners.pop() if inners else _grouped(rows, matrices, chunk)
+            inner = kept.inners.pop(0) if kept else _grouped(rows, matrices, chunk)
             share = routing[chunk.where]
             activations = self._swiglu_backward(
                 inner, of_activations, through, of_out, share, of_routing[chunk.where], order, chunk

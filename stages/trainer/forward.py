@@ -55,11 +55,14 @@ class _Wanted(Enum):
     BOTH = auto()
 
 
+_Run = Callable[[Tensor, _Wanted], Tensor]
+
+
 class _Block(NamedTuple):
     """One residual block: stream += run(norm(stream), wanted), the norm and the result [T, D]."""
 
     weight: Tensor  # of the norm, [D]
-    run: Callable[[Tensor, _Wanted], Tensor]
+    run: _Run
     kept: bool  # whether its graph stays, where blocks are computed again
 
 
@@ -232,7 +235,7 @@ class _Given(torch.autograd.Function):
         return ctx.given.pop(), None
 
 
-def _attention(layer: Any, line: _Line) -> Callable[[Tensor, _Wanted], Tensor]:
+def _attention(layer: Any, line: _Line) -> _Run:
     attention = layer.self_attn
     channels = attention.head_dim
 
@@ -257,9 +260,7 @@ def _attention(layer: Any, line: _Line) -> Callable[[Tensor, _Wanted], Tensor]:
     return run
 
 
-def _experts(
-    layer: Any, replayed: Tensor | None, routes: list[Tensor] | None, tiling: Tiling
-) -> Callable[[Tensor, _Wanted], Tensor]:
+def _experts(layer: Any, replayed: Tensor | None, routes: list[Tensor] | None, tiling: Tiling) -> _Run:
     """replayed: the experts int64 [T, k] to take."""
     router, experts = layer.mlp.router, layer.mlp.experts
     remembered: list[Tensor] = []  # the experts of a first pass, for its second

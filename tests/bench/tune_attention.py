@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from stages.bench.results import command_line, head, write
 from stages.kernels import reference
 from stages.kernels.decode_attention import LoraB, decode_attention, make_workspace, splits_for
 from stages.kernels.decode_attention_triton import Plan, launch, plan_for
 from stages.kernels.prefill_attention import PackedDocs, prefill_attention
+from tests.bench.tuning import write_figures
 
 HEADS, KV_HEADS, CHANNELS, PAGE, WINDOW, RANK = 64, 8, 64, 128, 128, 16
 COLD_BYTES = 300_000_000  # caches that a graph goes through, several times the L2
@@ -282,14 +282,7 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     compile_all(args.workers)
-    record = head(
-        bench="tune_attention",
-        command=command_line(sys.argv[1:], program=("python", "tests/bench/tune_attention.py")),
-        gpu=torch.cuda.get_device_name(),
-        shape="gpt-oss-20b",
-        dtype="bf16",
-        cuda=str(torch.version.cuda),
-    )
+    record: dict[str, Any] = {}
     parts: list[tuple[str, Callable[[], Any]]] = [("check", check), ("company", company)]
     for rows, context in CASES:
         parts.append((f"full {rows}x{context}", partial(sweep, rows, context, ring=False, deadline=deadline)))
@@ -313,7 +306,7 @@ def main() -> None:
         print(f"-- {name}: {time.monotonic() - begin:.1f} s", flush=True)
         torch.cuda.empty_cache()
         if args.out:
-            write(args.out, record)
+            write_figures(args.out, "tune_attention", record)
     sys.exit(1 if failures else 0)
 
 

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from stages.bench.results import command_line, head, write
+from stages.bench.floor import REFERENCE_TB_S
 from stages.kernels import reference
 from stages.kernels.norms import combine_norm
 from stages.kernels.packed_experts import (
@@ -34,6 +34,7 @@ from stages.kernels.packed_experts import (
     plan_for,
 )
 from stages.kernels.routing import route, router_logits
+from tests.bench.tuning import write_figures
 
 E, D, F, R = 32, 2880, 2880, 16
 LAYERS = 6
@@ -150,7 +151,7 @@ def graph_ms(function, repeats=15):
 
 
 def measure_pair(layers, rows):
-    """Microseconds of a layer's gate_up and down, and the share of 4.3 TB/s at which they read the chosen experts."""
+    """Microseconds of a layer's gate_up and down, and their read_share."""
     plan = plan_for(rows)
     given = [(packed, *inputs(rows, index, plan.tokens)) for index, packed in enumerate(layers)]
 
@@ -161,7 +162,12 @@ def measure_pair(layers, rows):
 
     us = graph_ms(step) * 1e3 / len(layers)
     hit = statistics.mean(routing.indices.unique().numel() for _, _, routing in given)
-    return us, hit * 3 * F * D * 17 / 32 / (us * 1e-6) / 4.3e12
+    return us, read_share(hit, 3 * F * D, us)
+
+
+def read_share(hit, numbers, us):
+    """The share of REFERENCE_TB_S at which `hit` experts' matrices of so many numbers each are read in `us`."""
+    return hit * numbers * 17 / 32 / (us * 1e-6) / (REFERENCE_TB_S * 1e12)
 
 
 def check(layers):
@@ -236,8 +242,7 @@ def main():
         rows, tokens, few, which, launch = job
         ms = graph_ms(work(layers, *job)) / LAYERS
         hit = statistics.mean(inputs(rows, i, tokens)[1].indices.unique().numel() for i in range(LAYERS))
-        matrix_bytes = hit * (2 * F * D if which == "up" else D * F) * 17 / 32
-        share = matrix_bytes / (ms * 1e-3) / 4.3e12
+        share = read_share(hit, 2 * F * D if which == "up" else D * F, ms * 1e3)
         results.append(
             {
                 "rows": rows,
@@ -261,7 +266,7 @@ def main():
     for rows in (1, 16, 64, 256):
         pair, share = measure_pair(layers, rows)
         results.append({"rows": rows, "pair_us": round(pair, 2), "share": round(share, 3)})
-        print(f"pair {rows}: {pair:.1f} us, {100 * share:.1f} % of 4.3 TB/s")
+        print(f"pair {rows}: {pair:.1f} us, {100 * share:.1f} % of {REFERENCE_TB_S} TB/s")
     for rank in (0, R):
         chained = layers if not rank else [layer(i, rank=R) for i in range(LAYERS)]
         for rows in (1, 16, 64, 256):
@@ -305,15 +310,7 @@ def main():
         experts_prefill(hidden, indices, values.softmax(-1), packed)
     torch.cuda.synchronize()
     print(f"prefill 4096 tokens: {(time.time() - t) / LAYERS * 1e3:.2f} ms a layer")
-    about = head(
-        bench="tune_experts",
-        command=command_line(sys.argv[1:], program=("python", "tests/bench/tune_experts.py")),
-        gpu=torch.cuda.get_device_name(),
-        shape="gpt-oss-20b",
-        dtype="bf16",
-        cuda=str(torch.version.cuda),
-    )
-    write(Path(args.out), {**about, "reference_tb_s": 4.3, "results": results})
+    write_figures(Path(args.out), "tune_experts", {"reference_tb_s": REFERENCE_TB_S, "results": results})
     print(f"{time.time() - started:.0f} s")
 
 

@@ -4,7 +4,6 @@ Every variant must give the bits of the first; cuBLAS stands beside them, and ho
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -16,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.kernels.linear import Tile, linear_parts
+from tests.bench.tuning import write_figures
 
 SHAPES = {"qkv": (5168, 2880), "o": (2896, 4096), "lm_head": (201088, 2880)}
 PARTS = {"qkv": 1, "o": 2, "lm_head": 1}
@@ -126,7 +126,7 @@ def main():
             print(
                 f"cuBLAS {name} {rows} equal", torch.equal(linear_parts(wide[:rows], w, parts=PARTS[name])[:, :1], one)
             )
-    Path(args.out).write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "results": found}, indent=1))
+    write_figures(Path(args.out), "tune_linear", {"results": found})
     print(f"{time.time() - started:.0f} s")
 
 

@@ -6,20 +6,19 @@ gpt-oss's heads (64 of queries, 8 of keys, 64 channels) in bf16, medians in mill
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stages.kernels import packed_attention as own
 from stages.kernels.packed_attention import Blocks, Group, Groups, packed_attention, segments
+from tests.bench.tuning import write_figures
 
 HEADS, KEY_HEADS, CHANNELS = 64, 8, 64
 PACKS: dict[str, Groups] = {"4096 tokens": (Group(4096),), "2 groups of 8": (Group(128, (512,) * 8),) * 2}
@@ -105,8 +104,7 @@ def main() -> None:
             setattr(own, kind, chosen[kind])
             own.tables_of.cache_clear()
         print(*rows[-14:], sep="\n", flush=True)
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    out.write_text(json.dumps(about | {"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+    write_figures(out, "tune_packed_attention", {"rows": rows})
 
 
 if __name__ == "__main__":
