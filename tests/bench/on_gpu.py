@@ -3,8 +3,8 @@
     python -m tests.bench.on_gpu --out build/gpu --cards 0,1 [--only tests,update]
 
 Each job is a command of its own, on a card that nothing else uses meanwhile; every card takes the next job of JOBS when
-it is done with one. NAME.log is what a job printed, NAME.json what it measured; full-size is a folder with model, run
-and figures. Ends with 1 when a job failed.
+it is done with one. NAME.log is what a job printed, NAME.json what it measured; full-size and learn are folders of
+models, runs and figures. Ends with 1 when a job failed.
 """
 
 import argparse
@@ -36,6 +36,7 @@ JOBS = {
     "update-120b-attention": f"{LARGE_UPDATE} --targets attention --memory-cap 80e9 --repeats 3",
     "update-120b-experts": f"{LARGE_UPDATE} --lora 32 --memory-cap 90e9 --repeats 3",
     "full-size": "-m tests.bench.full_size_run --preset gpt_oss_20b_16gb --card-bytes 16e9",
+    "learn": "-m tests.bench.learn_on_gpu --minutes 9.3 --iterations 110",
     "engine": f"{ENGINE} --cases 1x1024,16x1024,64x4096,256x1024 --lora none,16 --prefill --replay",
     "engine-131k": f"{ENGINE} --cases 1x131072 --peers none",
     "engine-120b": f"{LARGE_ENGINE} --cases 1x1024,16x1024,64x4096 --peers none",
