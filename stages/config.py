@@ -33,6 +33,9 @@ class UserError(Exception):
         return (type(self), (self.message, self.hint))
 
 
+NOT_FINITE_HINT = "lower update.learning_rate, or use model.dtype=bfloat16 or float32; the last good checkpoint is kept"
+
+
 def pasteable(*words: object) -> str:
     """The words as one line that a shell reads back.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from stages.artifacts import StageContext, StageId, derive
 from stages.artifacts.command import main as command_main
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, SCORES, read_table, write_parts
-from stages.config import UpdateConfig, UserError
+from stages.config import NOT_FINITE_HINT, RunConfig, UpdateConfig, UserError
 from stages.grpo import (
     LOSSES,
     Agreement,
@@ -156,12 +156,13 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
             scaler.step(optimizer)
             scaler.update()
         grad_norm = float(norm)  # waits for the card, so it comes last; nothing is saved of a step that went wrong
-        if not math.isfinite(grad_norm) and not scaler.is_enabled():  # which would skip the step and scale less
-            raise UserError(
-                f"the gradient of iteration {iteration}, step {index} is not finite",
-                "lower update.learning_rate, or use model.dtype=float32 or bfloat16; the last good checkpoint is kept",
-            )
         told = figures.read()
+        checked = {"loss": told["loss"], "entropy": told["entropy"]}
+        if not scaler.is_enabled():  # it skips a step without a finite gradient, and scales less from then on
+            checked["gradient"] = grad_norm
+        for name, value in checked.items():
+            if not math.isfinite(value):
+                raise UserError(f"the {name} of iteration {iteration}, step {index} is not finite", NOT_FINITE_HINT)
         rows.append(
             {
                 "iteration": iteration,
@@ -175,7 +176,7 @@ def train(context: StageContext, policy: Policy, iteration: int) -> None:
         )
         step += 1
         context.progress(index + 1, len(batches), "steps", entropy=round(told["entropy"], 3), grad=round(grad_norm, 3))
-    warn_of_disagreement(iteration, max(row["engine_kl"] for row in rows), update)
+    warn_of_disagreement(iteration, max(row["engine_kl"] for row in rows), config)
     seconds = time.perf_counter() - started
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
     rate = tokens / max(seconds, 1e-9)
@@ -315,12 +316,15 @@ def deal(count: int, steps: int, *, seed: int, last: Collection[int] = ()) -> li
     return [order[start::steps] for start in range(min(steps, count))]
 
 
-def warn_of_disagreement(iteration: int, engine_kl: float, update: UpdateConfig) -> None:
+def warn_of_disagreement(iteration: int, engine_kl: float, config: RunConfig) -> None:
     """One line in the log, with the cure, where the engine sampled from another policy than the trainer's."""
     if not engine_kl <= MAX_ENGINE_KL:
-        cure = "update.correction=truncated"
-        if update.correction != "none":
-            cure = "model.dtype=float32" if update.replay_routes else "update.replay_routes=true"
+        if config.update.correction == "none":
+            cure = "update.correction=truncated"
+        elif not config.update.replay_routes:
+            cure = "update.replay_routes=true"
+        else:
+            cure = f"model.dtype={'float16' if config.model.dtype == 'bfloat16' else 'float32'}"
         log.warning(
             f"iteration {iteration}: engine and trainer disagree, engine_kl {engine_kl:.2g} is above {MAX_ENGINE_KL}; "
             f'try {cure}, see "When engine and trainer disagree" in README.md'

@@ -9,6 +9,7 @@ from tests.test_kernels_experts import DEVICE
 
 pytest.importorskip("triton")
 PATHS = ["auto", "triton"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COUNTS = [[3, 0, 70, 1, 0], [0, 0, 5], [130], [64, 64], [1, 2, 3, 4, 0, 6, 7]]
 SIZES = [(16, 24), (80, 136), (40, 6)]  # inputs of a matrix, and its outputs
 
@@ -33,7 +34,7 @@ def assert_close(found, groups, dtype):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_products_are_those_of_each_group_alone(counts, inputs, outputs, dtype, path):

@@ -200,8 +200,9 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_completion() -> 
     step = engine._step
     assert isinstance(step, RememberingStep)
     step.prefill = lambda ids, starts, *_: torch.full((len(starts), VOCABULARY), torch.nan)  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match="token 0 of completion 000"):
+    with pytest.raises(UserError, match="token 0 of completion 000") as caught:
         run(engine, requests)
+    assert "model.dtype=bfloat16" in caught.value.hint
 
 
 def sequence(prompt: int, length: int, new: int) -> Running:

@@ -1,6 +1,7 @@
 """The update stage with every loss, on one rollout of the bundled model and rewards made up from its tokens."""
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flows.config import overridden
 from flows.presets import preset
 from stages import load, rollout, update
 from stages.artifacts import RunDir, Session, StageContext, StageId, execute
 from stages.artifacts.parquet import METRICS, ROLLOUTS, SAMPLES, read_table, scores_schema, write_parts
-from stages.config import UpdateConfig, UserError
+from stages.config import UserError
 from stages.grpo import LOSSES
-from stages.model.policy import open_policy
+from stages.model.policy import Policy, live_policy, open_policy
 from stages.trainer import Pack, Sample, completion_logprobs
 
 SETTINGS = ["rollout.max_new_tokens=48", "train.iterations=1"]
@@ -149,21 +151,67 @@ def test_what_is_left_out_is_dealt_evenly_and_so_is_the_rest() -> None:
 
 def test_a_disagreement_of_engine_and_trainer_is_one_warning_with_its_cure(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        update.warn_of_disagreement(3, 0.009, UpdateConfig())
+        config = preset("tiny")
+        update.warn_of_disagreement(3, 0.009, config)
         assert not caplog.records
-        update.warn_of_disagreement(3, 0.02, UpdateConfig())
-        update.warn_of_disagreement(3, float("nan"), UpdateConfig(correction="truncated"))
-        update.warn_of_disagreement(3, 0.02, UpdateConfig(correction="truncated", replay_routes=True))
-    first, second, third = (record.getMessage() for record in caplog.records)
+        words = ["update.correction=truncated", "update.replay_routes=true", "model.dtype=bfloat16"]
+        for index, engine_kl in enumerate((0.02, float("nan"), 0.02, 0.02)):
+            update.warn_of_disagreement(3, engine_kl, overridden(config, words[:index]))
+    first, second, third, fourth = (record.getMessage() for record in caplog.records)
     assert "iteration 3" in first
     assert "0.02" in first
     assert "update.correction=truncated" in first
     assert "update.replay_routes=true" in second
     assert "model.dtype=float32" in third
-    assert "\n" not in first + second + third
+    assert "model.dtype=float16" in fourth
+    assert "\n" not in first + second + third + fourth
     heading = "## When engine and trainer disagree"
     assert heading in (Path(__file__).parents[1] / "README.md").read_text()
     assert heading.removeprefix("## ") in first
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_policy_that_computes_what_is_not_finite_is_an_error_and_its_step_is_not_saved(
+    sampled: RunDir, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    def broken(context: StageContext, version: int) -> Policy:
+        policy = live_policy(context, version)
+        policy.parameters()[0][1].data.fill_(float("nan"))
+        return policy
+
+    monkeypatch.setattr(update, "live_policy", broken)
+    monkeypatch.setattr(update, "make_scaler", lambda policy: torch.amp.GradScaler("cpu", enabled=scaled))
+    with pytest.raises(UserError, match="the loss of iteration 0, step 0 is not finite") as caught:
+        updated(sampled, session, tmp_path / "run", [])
+    assert "model.dtype=bfloat16" in str(caught.value.hint)
+    assert not RunDir(tmp_path / "run").folder(UPDATE).exists()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_that_is_not_finite_is_an_error_but_under_loss_scaling_a_step_that_is_left_out(
+    sampled: RunDir, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    hooks = []
+
+    def overflowing(context: StageContext, version: int) -> Policy:
+        policy = live_policy(context, version)
+        hooks.append(policy.parameters()[0][1].register_hook(lambda grad: grad + float("inf")))
+        return policy
+
+    monkeypatch.setattr(update, "live_policy", overflowing)
+    monkeypatch.setattr(update, "make_scaler", lambda policy: torch.amp.GradScaler("cpu", enabled=scaled))
+    try:
+        if not scaled:
+            with pytest.raises(UserError, match="the gradient of iteration 0, step 0 is not finite"):
+                updated(sampled, session, tmp_path / "run", [])
+            return
+        run = updated(sampled, session, tmp_path / "run", [])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert [math.isfinite(row["grad_norm"]) for row in rows(run, "metrics")] == [False, False]
+    adapter = load_file(run.folder(UPDATE) / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 
 def test_memory_that_runs_out_is_an_error_with_a_hint_and_leaves_no_gradient(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.config import NOT_FINITE_HINT, UserError
 from stages.engine.cache import LayerCache
 from stages.engine.device_memory import CacheMemory
 from stages.engine.graphs import Graphs, bucket_of
@@ -298,7 +299,7 @@ class PagedRun:
                 continue
             if logprob != logprob:
                 name, place = sequence.request.completion_id, len(sequence.token_ids)
-                raise FloatingPointError(f"the logits of token {place} of completion {name} are not finite")
+                raise UserError(f"the logits of token {place} of completion {name} are not finite", NOT_FINITE_HINT)
             num_sampled += 1
             reason = sequence.append(token, logprob)
             if reason is not None:

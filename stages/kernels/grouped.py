@@ -1,11 +1,10 @@
 """Products of rows that are sorted by group, each group's with a matrix of its own: what experts are, and their LoRA.
 
-On a card in 16 bits they are one launch each, which does not wait to learn the groups' sizes, and a row's bits do not
-depend on its company. Elsewhere the groups are taken one by one. (PyTorch's grouped_mm is as fast, but in bfloat16 on
-Hopper and later alone; else it waits for the card and takes the groups one by one too.)
+On a card in 16 bits they are one launch each, which does not wait to learn the groups' sizes: PyTorch's grouped_mm,
+which is so in bfloat16 from Hopper on, and a kernel of this project else. In float32 the groups are taken one by one.
 
-Shapes: n rows, G groups; ends int32 [G], where each group's rows end, the last one's at n. In 16 bits on a card rows
-begin at multiples of 16 bytes, and the matrices lie one below the other.
+Shapes: n rows, G groups; ends int32 [G], where each group's rows end, the last one's at n. In 16 bits rows begin at
+multiples of 16 bytes, and the matrices lie one below the other.
 """
 
 from typing import NamedTuple
@@ -27,7 +26,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Measured on one H200 with gpt-oss-20b's shapes.
+# The best of those tried on one H200 with gpt-oss-20b's shapes.
 LARGE = Tile(128, 256, 64, 8, 4)
 THIN = Tile(64, 128, 128, 4, 3)  # where inputs or outputs are few, as LoRA's are
 SMALL = Tile(64, 128, 32, 4, 3)  # for cards with less shared memory
@@ -38,6 +37,8 @@ def grouped(rows: Tensor, matrices: Tensor, ends: Tensor, *, path: Path = "auto"
     """rows [n, K] times the transposes of each one's matrix of [G, M, K]: [n, M]."""
     if _in_triton(rows, path):
         return _product(rows, matrices, ends, back=False)
+    if rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, matrices.mT, offs=ends)
     parts = zip(rows.split(_counts(ends)), matrices, strict=True)
     return torch.cat([F.linear(some, matrix) for some, matrix in parts])
 
@@ -46,20 +47,24 @@ def grouped_back(rows: Tensor, matrices: Tensor, ends: Tensor, *, path: Path = "
     """rows [n, M] times each one's matrix of [G, M, K]: [n, K]."""
     if _in_triton(rows, path):
         return _product(rows, matrices, ends, back=True)
+    if rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, matrices, offs=ends)
     return torch.cat([some @ matrix for some, matrix in zip(rows.split(_counts(ends)), matrices, strict=True)])
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, *, path: Path = "auto") -> Tensor:
     """For each group its rows' sum of outer products: [G, M, K] of left [n, M] and right [n, K]."""
-    if _in_triton(left, path):
+    if path == "triton" or (left.is_cuda and left.dtype != torch.float32):
         return _outer(left, right, ends)
     counts = _counts(ends)
     parts = zip(left.split(counts), right.split(counts), strict=True)
     return torch.stack([some.mT @ other for some, other in parts])
 
 
-def _in_triton(x: Tensor, path: Path) -> bool:
-    return path == "triton" or (x.is_cuda and x.dtype != torch.float32)
+def _in_triton(rows: Tensor, path: Path) -> bool:
+    """Whether a product takes the project's kernel."""
+    native = rows.dtype == torch.bfloat16 and on_hopper(rows)
+    return path == "triton" or (rows.is_cuda and rows.dtype != torch.float32 and not native)
 
 
 def _counts(ends: Tensor) -> list[int]:

@@ -33,6 +33,8 @@ JOBS = {
     "iteration-nf4": f"{ITERATION} --dense nf4 --memory-cap 13.5e9 --iteration 1x8x128,1x8x1024 --pack-tokens 4352",
     "attention": f"{UPDATE} --tokens 4096 --targets attention,attention+experts --memory-cap 24e9 --repeats 9",
     "agreement": f"{ITERATION} --agreement --scaled-init",
+    "agreement-fp16": f"{ITERATION} --agreement --scaled-init --dtype fp16",
+    "update-fp16": f"{UPDATE} --tokens 4096 --peers none --memory-cap 24e9 --repeats 5 --dtype fp16",
     "update-120b-attention": f"{LARGE_UPDATE} --targets attention --memory-cap 80e9 --repeats 3",
     "update-120b-experts": f"{LARGE_UPDATE} --lora 32 --memory-cap 90e9 --repeats 3",
     "full-size": "-m tests.bench.full_size_run --preset gpt_oss_20b_16gb --card-bytes 16e9",
