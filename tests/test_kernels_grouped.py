@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.kernels.grouped import LARGE, SMALL, THIN, _product, grouped, grouped_back, grouped_outer
+from stages.kernels.grouped import LARGE, SMALL, _product, grouped, grouped_back, grouped_outer
 from stages.kernels.launch import aligned_rows
 from tests.test_kernels_experts import DEVICE
 
@@ -49,7 +49,7 @@ def test_products_are_those_of_each_group_alone(counts, inputs, outputs, dtype, 
     assert_close(grouped_outer(others, rows, ends, path=path), outer, dtype)
 
 
-@pytest.mark.parametrize("tile", [LARGE, THIN, SMALL])
+@pytest.mark.parametrize("tile", [LARGE, SMALL])
 def test_a_row_has_the_same_bits_whatever_rows_there_are_beside_it(tile):
     rows, _, matrices, ends = drawn([70, 3, 200], 80, 136, torch.float16)
     whole = _product(rows, matrices, ends, back=False, tile=tile)

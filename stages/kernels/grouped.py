@@ -1,10 +1,10 @@
 """Products of rows that are sorted by group, each group's with a matrix of its own: what experts are, and their LoRA.
 
-On a card in 16 bits they are one launch each, which does not wait to learn the groups' sizes: PyTorch's grouped_mm,
-which is so in bfloat16 from Hopper on, and a kernel of this project else. In float32 the groups are taken one by one.
+For what PyTorch's grouped_mm has nothing fast for: in float16 on a card it waits to learn the groups' sizes, and takes
+them one by one. Here that is one launch; in float32, and on the CPU, the groups are taken one by one.
 
-Shapes: n rows, G groups; ends int32 [G], where each group's rows end, the last one's at n. In 16 bits rows begin at
-multiples of 16 bytes, and the matrices lie one below the other.
+Shapes: n rows, G groups; ends int32 [G], where each group's rows end, the last one's at n. In 16 bits on a card rows
+begin at multiples of 16 bytes, and the matrices lie one below the other.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,6 @@ class Tile(NamedTuple):
 
 # The best of those tried on one H200 with gpt-oss-20b's shapes.
 LARGE = Tile(128, 256, 64, 8, 4)
-THIN = Tile(64, 128, 128, 4, 3)  # where inputs or outputs are few, as LoRA's are
 SMALL = Tile(64, 128, 32, 4, 3)  # for cards with less shared memory
 OUTER = Tile(128, 128, 64, 4, 3)  # of a sum of outer products, whose inputs are the group's rows
 
@@ -37,8 +36,6 @@ def grouped(rows: Tensor, matrices: Tensor, ends: Tensor, *, path: Path = "auto"
     """rows [n, K] times the transposes of each one's matrix of [G, M, K]: [n, M]."""
     if _in_triton(rows, path):
         return _product(rows, matrices, ends, back=False)
-    if rows.dtype == torch.bfloat16:
-        return F.grouped_mm(rows, matrices.mT, offs=ends)
     parts = zip(rows.split(_counts(ends)), matrices, strict=True)
     return torch.cat([F.linear(some, matrix) for some, matrix in parts])
 
@@ -47,8 +44,6 @@ def grouped_back(rows: Tensor, matrices: Tensor, ends: Tensor, *, path: Path = "
     """rows [n, M] times each one's matrix of [G, M, K]: [n, K]."""
     if _in_triton(rows, path):
         return _product(rows, matrices, ends, back=True)
-    if rows.dtype == torch.bfloat16:
-        return F.grouped_mm(rows, matrices, offs=ends)
     return torch.cat([some @ matrix for some, matrix in zip(rows.split(_counts(ends)), matrices, strict=True)])
 
 
@@ -56,20 +51,13 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, *, path: Path = "au
     """For each group its rows' sum of outer products: [G, M, K] of left [n, M] and right [n, K]."""
     if _in_triton(left, path):
         return _outer(left, right, ends)
-    if left.dtype == torch.bfloat16:
-        found = F.grouped_mm(left.mT, right, offs=ends)
-        # What a product of no rows leaves is not said anywhere.
-        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-        return found.masked_fill_(empty[:, None, None], 0)
     counts = _counts(ends)
     parts = zip(left.split(counts), right.split(counts), strict=True)
     return torch.stack([some.mT @ other for some, other in parts])
 
 
 def _in_triton(rows: Tensor, path: Path) -> bool:
-    """Whether a product takes the project's kernel."""
-    native = rows.dtype == torch.bfloat16 and on_hopper(rows)
-    return path == "triton" or (rows.is_cuda and rows.dtype != torch.float32 and not native)
+    return path == "triton" or (rows.is_cuda and rows.dtype != torch.float32)
 
 
 def _counts(ends: Tensor) -> list[int]:
@@ -86,8 +74,7 @@ def _product(rows: Tensor, matrices: Tensor, ends: Tensor, *, back: bool, tile: 
     num_rows, inputs = rows.shape
     num_groups, height, width = matrices.shape
     outputs = width if back else height
-    if tile is None:
-        tile = SMALL if not on_hopper(rows) else THIN if min(inputs, outputs) < THIN.outputs else LARGE
+    tile = tile or (LARGE if on_hopper(rows) else SMALL)
     bm, bn, bk = tile.rows, _cut(tile.outputs, outputs), _cut(tile.inputs, inputs)
     out = rows.new_empty(num_rows, outputs)
     line = matrices.stride(1)

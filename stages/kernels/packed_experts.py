@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from stages.kernels.grouped import grouped
-from stages.kernels.launch import aligned_rows, asm, launch_options, slices
+from stages.kernels.launch import aligned_rows, asm, launch_options
 from stages.kernels.routing import Routing
 
 ROWS = 16  # of a tile of weights, the least a program works on
@@ -152,18 +152,18 @@ def experts_prefill(hidden: Tensor, indices: Tensor, weights: Tensor, experts: P
     num_rows, top_k = indices.shape
     order = indices.flatten().argsort(stable=True)
     chosen = indices.flatten()[order]
-    ends = torch.bincount(chosen, minlength=experts.gate_up.shape[0]).cumsum(0, dtype=torch.int32)
-    stops = ends.tolist()
+    counts = torch.bincount(chosen, minlength=experts.gate_up.shape[0]).tolist()
     outputs = torch.empty(num_rows * top_k, experts.down.shape[1], dtype=hidden.dtype, device=hidden.device)
     start = 0
-    for here in slices(len(stops), AT_ONCE):
-        stop = stops[here.stop - 1]
+    for first in range(0, len(counts), AT_ONCE):
+        here = slice(first, first + AT_ONCE)
+        stop = start + sum(counts[here])
         assigned, owner = order[start:stop], chosen[start:stop]
         if start < stop:
             rows = hidden[assigned // top_k]
-            inner = _project(rows, experts.gate_up, experts.gate_up_lora, here, ends[here] - start)
+            inner = _project(rows, experts.gate_up, experts.gate_up_lora, here, counts[here])
             inner = _biased_swiglu(inner, experts, owner)
-            out = _project(inner, experts.down, experts.down_lora, here, ends[here] - start)
+            out = _project(inner, experts.down, experts.down_lora, here, counts[here])
             outputs[assigned] = out.add_(experts.down_bias[owner].to(out.dtype))
         start = stop
     total = torch.zeros(num_rows, outputs.shape[1], dtype=torch.float32, device=hidden.device)
@@ -203,13 +203,22 @@ def stored_rows(num_rows: int, *, interleaved: bool, device: torch.device | str 
     return rows.reshape(num_rows)
 
 
-def _project(rows: Tensor, weight: Relaid, lora: PackedLora | None, experts: slice, ends: Tensor) -> Tensor:
-    """rows [n, K], sorted by expert, through some experts' matrices and LoRA: [n, M] as stored. ends as in grouped."""
-    out = grouped(rows, dequantize(weight, rows.dtype, experts=experts, stored_order=True), ends)
+def _project(rows: Tensor, weight: Relaid, lora: PackedLora | None, experts: slice, counts: list[int]) -> Tensor:
+    """rows [n, K], counts[i] of them for each of some experts, through their matrices and LoRA: [n, M] as stored."""
+    out = _grouped(rows, dequantize(weight, rows.dtype, experts=experts, stored_order=True), counts)
     if lora is not None:
-        inner = grouped(rows, lora.a[experts], ends)
-        out = out.add_(grouped(inner, lora.b[experts], ends), alpha=lora.scale)
+        inner = _grouped(rows, lora.a[experts], counts)
+        out = out.add_(_grouped(inner, lora.b[experts], counts), alpha=lora.scale)
     return out
+
+
+def _grouped(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+    """rows [n, K] times the transposes of matrices [G, M, K], counts[i] rows for the i-th: [n, M]."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
+        return F.grouped_mm(rows, matrices.mT, offs=ends)
+    parts = rows.split(counts)
+    return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices, strict=True)])
 
 
 def _biased_swiglu(inner: Tensor, experts: PackedExperts, owner: Tensor) -> Tensor:

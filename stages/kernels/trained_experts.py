@@ -115,12 +115,18 @@ class _TrainedExperts(torch.autograd.Function):
         return grad_hidden, None, grad_weights, None, None, None, None, None, *layer.factor_grads()
 
 
-class _Chunk(NamedTuple):
+class _Chunk:
     """The assignments of a tile's tokens to some experts."""
 
-    experts: slice
-    where: slice  # of the sorted assignments
-    ends: Tensor  # int32, where each expert's rows end
+    def __init__(self, experts: slice, where: slice, ends: Tensor) -> None:
+        self.experts = experts
+        self.where = where  # of the sorted assignments
+        self.ends = ends  # int32, where each one's rows end
+
+    @functools.cached_property
+    def empty(self) -> Tensor:
+        """Whether an expert has no assignments, bool [G, 1, 1]."""
+        return (self.ends.diff(prepend=self.ends.new_zeros(1)) == 0)[:, None, None]
 
 
 def _chunks(order: Sorted, at_once: int) -> Iterator[_Chunk]:
@@ -178,12 +184,12 @@ class _Projection:
     def extend(self, rows: Tensor, chunk: _Chunk) -> None:
         """Writes A x beside rows x, [n, K + R]."""
         if self.room:
-            rows[:, self.inputs :] = grouped(rows[:, : self.inputs], self.first_factors(chunk.experts), chunk.ends)
+            rows[:, self.inputs :] = _grouped(rows[:, : self.inputs], self.first_factors(chunk.experts), chunk)
 
     def add_grads(self, rows: Tensor, grad_out: Tensor, grad_inner: Tensor, chunk: _Chunk) -> None:
         """Adds to the factors' gradients: of rows [n, K + R], grad_out [n, M] as stored and grad_inner [n, R]."""
-        of_a = grouped_outer(grad_inner, rows[:, : self.inputs], chunk.ends)[:, : self.rank]
-        of_b = grouped_outer(grad_out, rows[:, self.inputs :], chunk.ends)[..., : self.rank]
+        of_a = _outer(grad_inner, rows[:, : self.inputs], chunk)[:, : self.rank]
+        of_b = _outer(grad_out, rows[:, self.inputs :], chunk)[..., : self.rank]
         self.grad_a = self._added(self.grad_a, of_a, chunk)
         of_b = of_b * self.scale
         if self.rows is not None:
@@ -236,13 +242,13 @@ class _Layer:
         outputs: Tensor | None = None
         for chunk in _chunks(order, self.at_once):
             rows = self._rows(hidden, order, chunk, top_k)
-            inner = grouped(rows, self.gate_up.matrices(chunk.experts), chunk.ends)
+            inner = _grouped(rows, self.gate_up.matrices(chunk.experts), chunk)
             del rows
             activations = self._swiglu(inner, order, chunk)
             if kept is not None:
                 kept[-1].inners.append(inner)
             del inner
-            part = grouped(activations, self.down.matrices(chunk.experts), chunk.ends)
+            part = _grouped(activations, self.down.matrices(chunk.experts), chunk)
             del activations
             outputs = _joined(outputs, part, chunk, order)
             del part
@@ -275,12 +281,12 @@ class _Layer:
         more: Tensor | None = None
         for chunk in _chunks(order, self.at_once):
             of_out = _gathered(grad, order.assigned[chunk.where], top_k)
-            of_activations = grouped_back(of_out, self.down.matrices(chunk.experts), chunk.ends)
+            of_activations = _grouped_back(of_out, self.down.matrices(chunk.experts), chunk)
             of_second = of_activations[:, self.down.inputs :]  # of A x, [n, R]
             through = self._through_first_factors(self.down, of_second, chunk)
             rows = self._rows(hidden, order, chunk, top_k)
             matrices = self.gate_up.matrices(chunk.experts)
-            inner = kept.inners.pop(0) if kept else grouped(rows, matrices, chunk.ends)
+            inner = kept.inners.pop(0) if kept else _grouped(rows, matrices, chunk)
             share = routing[chunk.where]
             activations = self._swiglu_backward(
                 inner, of_activations, through, of_out, share, of_routing[chunk.where], order, chunk
@@ -291,7 +297,7 @@ class _Layer:
                 activations[:, self.down.inputs :] *= share[:, None]
                 self.down.add_grads(activations, of_out, of_second * share[:, None].to(of_second.dtype), chunk)
             del activations, of_activations, of_second, of_out
-            part = grouped_back(inner, matrices, chunk.ends)
+            part = _grouped_back(inner, matrices, chunk)
             del matrices
             of_first = part[:, self.gate_up.inputs :]
             if self.gate_up.room:
@@ -357,7 +363,7 @@ class _Layer:
         """What reaches rows [n, K] through A, of the gradient [n, R] of A x."""
         if not projection.room:
             return None
-        return grouped_back(of_inner, projection.first_factors(chunk.experts), chunk.ends)
+        return _grouped_back(of_inner, projection.first_factors(chunk.experts), chunk)
 
 
 @functools.cache
@@ -384,3 +390,26 @@ def _gathered(x: Tensor, assigned: Tensor, top_k: int, *, room: int = 0) -> Tens
     out = aligned_rows(len(assigned), width + room, like=x)
     gather_kernel[(len(assigned),)](x, assigned, out, out.stride(0), TOPK=top_k, K=width, BLOCK=1024, num_warps=4)
     return out
+
+
+def _grouped(rows: Tensor, matrices: Tensor, chunk: _Chunk) -> Tensor:
+    """rows [n, K] times the transposes of each one's matrix of [G, M, K]: [n, M]."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, matrices.mT, offs=chunk.ends)
+    return grouped(rows, matrices, chunk.ends)
+
+
+def _grouped_back(rows: Tensor, matrices: Tensor, chunk: _Chunk) -> Tensor:
+    """rows [n, M] times each one's matrix of [G, M, K]: [n, K]."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, matrices, offs=chunk.ends)
+    return grouped_back(rows, matrices, chunk.ends)
+
+
+def _outer(left: Tensor, right: Tensor, chunk: _Chunk) -> Tensor:
+    """For each expert its rows' sum of outer products: [G, M, K] of left [n, M] and right [n, K]."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        found = F.grouped_mm(left.mT, right, offs=chunk.ends)
+        # What a product of no rows leaves is not said anywhere.
+        return found.masked_fill_(chunk.empty, 0)
+    return grouped_outer(left, right, chunk.ends)
