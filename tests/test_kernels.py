@@ -9,7 +9,7 @@ from torch import Tensor
 from stages.kernels import reference
 from stages.kernels.attention import Partial, apply_sinks, attend, merge, sink_attention
 from stages.kernels.experts import Lora, experts, experts_fixed_shape
-from stages.kernels.launch import interpreted
+from stages.kernels.launch import Path, interpreted
 from stages.kernels.logprobs import Tile, token_logprobs
 from stages.kernels.norms import add_rms_norm_grad, advance, rms_norm
 from stages.kernels.rotary import rotate
@@ -152,7 +152,7 @@ def test_the_clamp_and_the_interleaving_are_gpt_oss_s() -> None:
 
 
 @by_triton_and("auto")
-def test_the_trainers_norm_and_its_gradient_equal_float64(path: Literal["auto", "triton"]) -> None:
+def test_the_trainers_norm_and_its_gradient_equal_float64(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 5, 24, generator=generator)
     weight = torch.rand(24, generator=generator)
@@ -170,7 +170,7 @@ def test_the_trainers_norm_and_its_gradient_equal_float64(path: Literal["auto", 
 
 
 @by_triton_and("auto")
-def test_a_block_s_output_is_added_rounded_and_normed_at_once(path: Literal["auto", "triton"]) -> None:
+def test_a_block_s_output_is_added_rounded_and_normed_at_once(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     before, delta = torch.randn(2, 5, 24, generator=generator)
     weight = torch.rand(24, generator=generator)
@@ -187,7 +187,7 @@ def test_a_block_s_output_is_added_rounded_and_normed_at_once(path: Literal["aut
 
 @by_triton_and("auto")
 def test_queries_and_keys_are_turned_as_complex_numbers_and_their_gradients_back(
-    path: Literal["auto", "triton"],
+    path: Path,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(5, 6, 12, generator=generator), torch.randn(5, 3, 12, generator=generator)

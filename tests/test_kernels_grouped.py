@@ -33,20 +33,24 @@ def assert_close(found, groups, dtype):
     assert error <= (torch.finfo(dtype).eps + 1e-6) * expected.abs().max()
 
 
+def assert_each_group_alone(counts, inputs, outputs, dtype, path, *, exact, first=0):
+    """The three products are those of each group alone in the type `exact`; the outer one's rows begin at `first`."""
+    rows, others, matrices, ends = drawn(counts, inputs, outputs, dtype)
+    parts, others_parts = ([part.to(exact) for part in each.split(counts)] for each in (rows, others))
+    straight = [a @ m.mT for a, m in zip(parts, matrices.to(exact), strict=True)]
+    assert_close(grouped(rows, matrices, ends, path=path), straight, dtype)
+    back = [b @ m for b, m in zip(others_parts, matrices.to(exact), strict=True)]
+    assert_close(grouped_back(others, matrices, ends, path=path), back, dtype)
+    outer = [(b.mT @ a[:, first:])[None] for a, b in zip(parts, others_parts, strict=True)]
+    assert_close(grouped_outer(others, rows[:, first:], ends, path=path), outer, dtype)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 @pytest.mark.parametrize("counts", COUNTS)
 def test_products_are_those_of_each_group_alone(counts, inputs, outputs, dtype, path):
-    rows, others, matrices, ends = drawn(counts, inputs, outputs, dtype)
-    exact = matrices.double()
-    parts = [part.double() for part in rows.split(counts)]
-    assert_close(grouped(rows, matrices, ends, path=path), [a @ m.mT for a, m in zip(parts, exact, strict=True)], dtype)
-    others_parts = [part.double() for part in others.split(counts)]
-    back = [b @ m for b, m in zip(others_parts, exact, strict=True)]
-    assert_close(grouped_back(others, matrices, ends, path=path), back, dtype)
-    outer = [(b.mT @ a)[None] for a, b in zip(parts, others_parts, strict=True)]
-    assert_close(grouped_outer(others, rows, ends, path=path), outer, dtype)
+    assert_each_group_alone(counts, inputs, outputs, dtype, path, exact=torch.float64)
 
 
 @pytest.mark.parametrize("tile", [LARGE, SMALL])
@@ -64,12 +68,4 @@ def test_a_row_has_the_same_bits_whatever_rows_there_are_beside_it(tile):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_the_card_large_products_are_those_of_each_group_alone(dtype, path):
     counts = [500, 0, 1, 129, 1000, 37, 0, 256]
-    rows, others, matrices, ends = drawn(counts, 2896, 1440, dtype)
-    exact = matrices.float()
-    parts = [part.float() for part in rows.split(counts)]
-    others_parts = [part.float() for part in others.split(counts)]
-    assert_close(grouped(rows, matrices, ends, path=path), [a @ m.mT for a, m in zip(parts, exact, strict=True)], dtype)
-    back = [b @ m for b, m in zip(others_parts, exact, strict=True)]
-    assert_close(grouped_back(others, matrices, ends, path=path), back, dtype)
-    outer = [(b.mT @ a[:, 2880:])[None] for a, b in zip(parts, others_parts, strict=True)]
-    assert_close(grouped_outer(others, rows[:, 2880:], ends, path=path), outer, dtype)
+    assert_each_group_alone(counts, 2896, 1440, dtype, path, exact=torch.float32, first=2880)

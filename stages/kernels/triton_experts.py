@@ -8,12 +8,10 @@ ASM chooses how four weights are unpacked: by 2.5 instructions of inline PTX, or
 bits. Triton's interpreter runs the second.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from stages.kernels.triton_dot import dot
 
 # One register holds two words, that is eight weights; results are four registers of two bfloat16 each. $4: words, $5,
 # $7, $9, $11: the scales of the four places, twice in a register.
@@ -139,11 +137,8 @@ def _load_64(words, scales, tile_words, tile_scales, MT: tl.constexpr, ASM: tl.c
 
 @triton.jit
 def _dot(weight, x, acc):
-    """acc + weight x, in the type of x; float32 is not rounded to tf32."""
-    weight = weight.to(x.dtype)
-    if INTERPRETED:  # the interpreter multiplies bfloat16 as the integers that hold it
-        weight, x = weight.to(tl.float32), x.to(tl.float32)
-    return tl.dot(weight, x, acc, input_precision="ieee")
+    """acc + weight x, in the type of x."""
+    return dot(weight.to(x.dtype), x, acc)
 
 
 @triton.jit

@@ -1,18 +1,9 @@
 """Triton kernels of grouped products: rows sorted by group, each group with a matrix of its own."""
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _dot(left, right, acc):
-    if INTERPRETED:  # it multiplies bfloat16 as the integers that hold it
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
+from stages.kernels.triton_dot import dot
 
 
 @triton.jit
@@ -49,9 +40,9 @@ def grouped_kernel(
     for begin in tl.range(0, K, BK, num_stages=STAGES):
         left = rows.load([first, begin])
         if BACK:
-            acc = _dot(left, matrices.load([matrix + begin, column]), acc)
+            acc = dot(left, matrices.load([matrix + begin, column]), acc)
         else:
-            acc = _dot(left, matrices.load([matrix + column, begin]).T, acc)
+            acc = dot(left, matrices.load([matrix + column, begin]).T, acc)
     row = first + tl.arange(0, BM)
     output = column + tl.arange(0, BN)
     where = out + row.to(tl.int64)[:, None] * out_stride + output[None, :]
@@ -80,7 +71,7 @@ def outer_kernel(
         a = left + here[None, :] * left_stride + m[:, None]
         b = right + here[:, None] * right_stride + n[None, :]
         a = tl.load(a, mask=real[None, :] & (m < num_left)[:, None], other=0.0)
-        acc = _dot(a, tl.load(b, mask=real[:, None] & (n < num_right)[None, :], other=0.0), acc)
+        acc = dot(a, tl.load(b, mask=real[:, None] & (n < num_right)[None, :], other=0.0), acc)
     out += group.to(tl.int64) * num_left * num_right
     where = out + m[:, None] * num_right + n[None, :]
     tl.store(where, acc.to(out.dtype.element_ty), mask=(m < num_left)[:, None] & (n < num_right)[None, :])

@@ -1,18 +1,9 @@
 """A Triton kernel for a matrix times the rows of a decode step, where reading the matrix takes most of the time."""
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _dot(weight, x, acc):
-    if INTERPRETED:  # it multiplies bfloat16 as the integers that hold it
-        weight, x = weight.to(tl.float32), x.to(tl.float32)
-    return tl.dot(weight, x, acc, input_precision="ieee")
+from stages.kernels.triton_dot import dot
 
 
 @triton.jit
@@ -42,13 +33,13 @@ def linear_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([BM, BN], tl.float32)
     if EARLY:
-        acc = _dot(early, tl.load(columns), acc)
+        acc = dot(early, tl.load(columns), acc)
     for start in tl.range(BK if EARLY else 0, PART, BK, num_stages=STAGES):
         if PART % BK == 0:
-            acc = _dot(tl.load(rows + start), tl.load(columns + start), acc)
+            acc = dot(tl.load(rows + start), tl.load(columns + start), acc)
         else:
             w = tl.load(rows + start, mask=(start + tl.arange(0, BK) < PART)[None, :], other=0.0)
-            acc = _dot(w, tl.load(columns + start, mask=(start + tl.arange(0, BK) < PART)[:, None], other=0.0), acc)
+            acc = dot(w, tl.load(columns + start, mask=(start + tl.arange(0, BK) < PART)[:, None], other=0.0), acc)
     out += part.to(tl.int64) * num_rows * num_outputs
     where = out + n.to(tl.int64)[None, :] * num_outputs + m[:, None]
     tl.store(where, acc.to(out.dtype.element_ty), mask=real[None, :] & (m < num_outputs)[:, None])
